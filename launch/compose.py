@@ -1,0 +1,287 @@
+"""The one place that composes a configuration: Hydra's tree plus overrides in, a checked plain dictionary out.
+
+Hydra alone lets a misspelt key in an experiment file pass and exits 1 on every error. Here every node with a `_target_`
+is held against its constructor's signature, every other key against train.config, and what is wrong makes one line
+on stderr.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from launch import signature
+from launch.usage import usage
+from train.config import Config, ConfigError, fits, nearest, show, spell
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_"}
+
+FLAGS = ("-m", "--multirun", "--cfg", "-h", "--help")
+
+HANDED_OVER = {
+    "backend": {"rank", "world_size", "store", "device"},
+    "optim": {"parameters"},
+    "schedule": {"epochs"},
+}
+"""Arguments that the builder gives a group's constructor itself: never in YAML."""
+
+FROM_DATA = {"model.num_classes"}
+"""Keys that take the data's value where they are null."""
+
+
+def groups() -> dict[str, list[str]]:
+    """The groups of conf/ and their options."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(CONF.glob("*/*.yaml")):
+        found.setdefault(path.parent.name, []).append(path.stem)
+    return found
+
+
+def compose(overrides: list[str] | tuple[str, ...] = (), experiment: str | None = None) -> dict:
+    """The configuration of one run. `experiment` is the one to start from where the overrides name none.
+
+    Raises ConfigError with the key or file, the value and the nearest right one.
+    """
+    (job,) = expand(overrides, sweep=False)
+    return _compose(job, experiment)
+
+
+def expand(overrides: list[str] | tuple[str, ...], sweep: bool) -> list[list[str]]:
+    """The overrides of each job of a sweep, in Hydra's order; without `sweep`, one job and no choices allowed."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            raise ConfigError("", f"{text!r} is no key=value; quote what is unusual: 'key=\"a, b\"'") from error
+        name = override.key_or_group
+        if name.split(".")[0].split("/")[0] == "hydra":
+            raise ConfigError(name, "Hydra's own settings are not used here; leave it out")
+        if override.is_sweep_override() and not sweep:
+            raise ConfigError(name, f"{text.partition('=')[2]} is a choice of values: add -m to run them all")
+        if name in groups():
+            if not override.is_sweep_override() and not isinstance(override.value(), str):
+                raise ConfigError(name, f"{show(override.value())} is no option{nearest(name, groups()[name])}")
+            override.input_line = text.lstrip("+")
+        elif not override.is_delete():
+            override.input_line = "++" + text.lstrip("+")  # a new key is judged later, with the signatures at hand
+            override.type = type(override.type).FORCE_ADD
+        parsed.append(override)
+    if not sweep:
+        return [[override.input_line for override in parsed]]
+    return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+
+
+def _compose(overrides: list[str], experiment: str | None) -> dict:
+    import hydra
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    if experiment and "experiment" not in keys:
+        overrides = [f"experiment={experiment}", *overrides]
+    for given, follows in (("chip_batch_size", "global_batch_size"), ("global_batch_size", "chip_batch_size")):
+        if given in keys and follows not in keys:
+            overrides = [*overrides, f"++{follows}=null"]  # the command line replaces the experiment's batch size
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = hydra.compose("config", overrides, return_hydra_config=True)
+        chosen = OmegaConf.to_container(composed.hydra.runtime.choices)
+        OmegaConf.set_struct(composed, False)
+        del composed["hydra"]
+        config: dict = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingConfigException as error:
+        raise _missing_option(error) from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(error.full_key or "", _first_line(error)) from error
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError("", f"not YAML: {' '.join(str(error).split())}" if mark else str(error)) from error
+    except HydraException as error:
+        raise ConfigError("", _first_line(error.__cause__ or error)) from error
+    config["experiment"] = chosen["experiment"]
+    try:
+        check(config)
+    except ConfigError as error:
+        raise ConfigError(error.key, error.problem + _origin(error.key, keys, chosen)) from error
+    return config
+
+
+def main(job: Callable[[dict], int | None], argv: list[str], prog: str, experiment: str | None = None) -> int:
+    """Composes and runs `job` once per job of the command line; returns the exit status, the worst of a sweep.
+
+    0 done, 1 the run failed, 2 the configuration or input is wrong: one line on stderr.
+    """
+    flags = [word for word in argv if word.startswith("-")]
+    overrides = [word for word in argv if not word.startswith("-")]
+    if "--cfg" in argv and argv[-1] != "--cfg" and argv[argv.index("--cfg") + 1] == "job":
+        overrides.remove("job")  # Hydra's own spelling
+    try:
+        for flag in flags:
+            if flag not in FLAGS:
+                raise ConfigError(flag, "no such option" + nearest(flag, FLAGS))
+        if {"-h", "--help"} & set(flags):
+            print(usage(prog, inspect.getdoc(job) or "", CONF, experiment))
+            return 0
+        jobs = expand(overrides, sweep=bool({"-m", "--multirun"} & set(flags)))
+        configs = [_compose(words, experiment) for words in jobs]
+    except ConfigError as error:
+        return _refuse(prog, error)
+    if "--cfg" in flags:
+        from omegaconf import OmegaConf
+
+        print("---\n".join(OmegaConf.to_yaml(OmegaConf.create(config)) for config in configs), end="")
+        return 0
+    worst = 0
+    for number, (config, words) in enumerate(zip(configs, jobs), start=1):
+        if len(jobs) > 1:
+            given = " ".join(word.lstrip("+") for word in words)
+            print(f"{prog}: job {number} of {len(jobs)}: {given}", file=sys.stderr)
+        try:
+            status = job(config) or 0
+        except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            status = _refuse(prog, error)
+        except KeyboardInterrupt:
+            print(f"{prog}: interrupted", file=sys.stderr)
+            return 1
+        worst = max(worst, status)
+    return worst
+
+
+def _refuse(prog: str, error: Exception) -> int:
+    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    print(f"{prog}: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
+    return 2
+
+
+def check(config: dict) -> None:
+    """Holds every key against the typed top level and every node against its constructor; raises ConfigError."""
+    Config.from_dict(config)
+    for name, value in config.items():
+        _check_nodes(name, value)
+    if "_target_" not in config["faults"] and config["faults"]:
+        raise ConfigError(f"faults.{next(iter(config['faults']))}", "no such key: a fault is a node with a _target_")
+
+
+def known_targets() -> set[str]:
+    """The `_target_`s that the files of conf/ name."""
+    found = re.compile(r"^[^#\n]*?_target_:\s*[\"']?([\w.]+)", re.MULTILINE)
+    return {target for path in CONF.glob("*/*.yaml") for target in found.findall(path.read_text(encoding="utf-8"))}
+
+
+def load_run_config(path: str | Path) -> dict:
+    """The configuration of a run folder (or its config.yaml), as data: nothing in it is resolved or may be foreign."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    path = Path(path)
+    path = path / "config.yaml" if path.is_dir() else path
+    if not path.is_file():
+        raise ConfigError("", f"{path}: not found; give a run folder that holds a config.yaml")
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError("", f"{path}: not YAML: {_first_line(error)}") from error
+    for key, value in _leaves("", config):
+        if isinstance(value, str) and "${" in value:
+            raise ConfigError(key, f"{value!r} is no value of a finished configuration ({path})")
+        if key.endswith("_target_") and value not in known_targets():
+            raise ConfigError(key, f"{value!r} is not one that conf/ names, so it is not run ({path})")
+    try:
+        check(config)
+    except ConfigError as error:
+        raise ConfigError(error.key, f"{error.problem} ({path})") from error
+    return config
+
+
+def _check_nodes(path: str, value: Any) -> None:
+    if isinstance(value, dict) and "_target_" in value:
+        _check_node(path, value)
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in inner:
+        _check_nodes(f"{path}.{name}", item)
+
+
+def _check_node(path: str, node: dict) -> None:
+    target = node["_target_"]
+    try:
+        accepted = signature.read(str(target))
+    except signature.UnknownTarget as error:
+        close = nearest(str(target).rpartition(".")[2], error.names) if error.names else ""
+        raise ConfigError(f"{path}._target_", f"{target}: {error}{close}") from error
+    handed_over = HANDED_OVER.get(path, set())
+    parameters = {name: parameter for name, parameter in accepted.parameters.items() if name not in handed_over}
+    for name, value in node.items():
+        key = f"{path}.{name}"
+        if name in HYDRA_KEYS or (value is None and key in FROM_DATA):
+            continue
+        if name in parameters:
+            if not fits(value, parameters[name].hint):
+                raise ConfigError(key, f"{show(value)} is not {spell(parameters[name].hint)}")
+        elif name in handed_over or not accepted.open:
+            raise ConfigError(key, "no such key" + nearest(name, parameters, prefix=f"{path}."))
+    missing = [name for name, parameter in parameters.items() if parameter.required and name not in node]
+    if missing and not node.get("_partial_"):
+        raise ConfigError(f"{path}.{missing[0]}", f"is missing: {target} needs {', '.join(missing)}")
+
+
+def _missing_option(error: Exception) -> ConfigError:
+    """`mesh=atlas900_1025`, on the command line or in a defaults list."""
+    group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    where = re.match(r"In '([^']+)'", str(error))
+    source = f" (in conf/{where[1]}.yaml)" if where and where[1] != "config" else ""
+    names = groups().get(group, [])
+    return ConfigError("", f"{group}={option}: no such option{nearest(option, names)}{source}")
+
+
+def _origin(key: str, on_command_line: list[str], chosen: dict) -> str:
+    """' (in FILE)': who set a key: the command line, the experiment, or the group's option."""
+    if any(key == name or key.startswith(f"{name}.") for name in on_command_line):
+        return " (on the command line)"
+    group, _, rest = key.partition(".")
+    places = [(name, key) for name in _bases(f"experiment/{chosen.get('experiment')}")]
+    places += [(name, rest) for name in _bases(f"{group}/{chosen.get(group)}")] + [("config", key)]
+    for name, inside in places:
+        if inside and inside in dict(_leaves("", _plain(name), branches=True)):
+            return f" (in conf/{name}.yaml)"
+    return ""
+
+
+def _bases(name: str) -> Iterator[str]:
+    """A file of conf/ and those of its group that it starts from."""
+    yield name
+    for base in _plain(name).get("defaults", ()):
+        if isinstance(base, str) and base != "_self_":
+            yield from _bases(f"{name.partition('/')[0]}/{base}")
+
+
+@cache
+def _plain(name: str) -> dict:
+    """A file of conf/ by itself; {} where there is none."""
+    from omegaconf import OmegaConf
+
+    path = CONF / f"{name}.yaml"
+    return OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+
+
+def _leaves(path: str, value: Any, branches: bool = False) -> Iterator[tuple[str, Any]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if inner is None or (branches and path):
+        yield path, value
+    for name, item in inner or ():
+        yield from _leaves(f"{path}.{name}" if path else str(name), item, branches)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

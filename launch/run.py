@@ -1,0 +1,156 @@
+"""Train: compose, start or join Ray, place the workers, train, report. `python -m launch.run --help` lists what can be set."""
+
+import time
+
+STARTED = time.time()
+
+import signal  # noqa: E402 (the clock of the command starts before anything is imported)
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from launch import compose, run_folder  # noqa: E402
+from launch.cluster import Cluster, join  # noqa: E402
+from launch.console import Display  # noqa: E402
+from launch.worker_group import Request, WorkerFailed, WorkerGroup, started  # noqa: E402
+
+CORES_PER_AUTO_WORKER = 2
+
+
+def train(config: dict) -> int:
+    """Trains ResNet as the emulated mesh would; leaves a run folder and prints its report."""
+    from train import emulator
+
+    marks = {"command": STARTED, "configuration": time.time()}
+    folder, checkpoint = run_folder.locate(config)
+    if checkpoint is not None:
+        config = run_folder.continued(config, folder)
+    config = _absolute(config) | {"run": folder.name}
+    emulated = emulator.build(config)  # refuses a mesh, a chip or a batch that can't be, before anything is started
+    with join(config["cluster"], {resource_name(emulated.chip.name): emulated.mesh.num_chips}, _cpus(config)) as cluster:
+        marks["Ray"] = time.time()
+        signal.signal(signal.SIGTERM, _interrupt)  # Ray has set its own, which would leave no result
+        requests, device = ask(config, emulated, cluster)
+        with started(requests, cluster.loopback) as group:
+            marks["worker processes"] = time.time()
+            prepared = group.prepare(config, device, marks)
+            return _train(config, folder, checkpoint, group, prepared)
+
+
+def ask(config: dict, emulated, cluster: Cluster) -> tuple[list[Request], str]:
+    """What each worker needs of the cluster, and the device they all compute on. ValueError where it can't be had."""
+    gpus = int(cluster.resources.get("GPU", 0))
+    cores = int(cluster.resources["CPU"])
+    hosts = emulated.mesh.num_hosts
+    workers = config["workers"]
+    if workers == "auto":
+        usable = gpus if gpus and config["device"] != "cpu" else max(cores // CORES_PER_AUTO_WORKER, 1)
+        workers = min(usable, hosts)
+    shares = emulated.mesh.shares(workers)
+    device = config["device"]
+    if device == "auto":
+        device = "cuda" if gpus >= workers else "cpu"
+    threads = config["threads"]
+    if threads == "auto":
+        # exact: the count belongs to the contract, so it must not follow the number of workers
+        threads = 1 if config["numerics"] == "exact" and device == "cpu" else max(cores // workers, 1)
+    chips, resource = emulated.mesh.chips_per_host, resource_name(emulated.chip.name)
+    on_gpu = int(device == "cuda")
+    requests = [Request(share, len(share) * chips, resource, threads, on_gpu) for share in shares]
+    needed = {"CPU": threads * workers, resource: emulated.mesh.num_chips}
+    cluster.demand(needed | ({"GPU": workers} if on_gpu else {}))
+    return requests, device
+
+
+def resource_name(chip: str) -> str:
+    """What a chip is called among Ray's resources: Ascend 910 -> ascend910."""
+    return "".join(c for c in chip.lower() if c.isalnum())
+
+
+def _train(config: dict, folder: Path, checkpoint: Path | None, group: WorkerGroup, prepared: list[dict]) -> int:
+    """Everything that leaves traces: the folder, the training, the result, the report."""
+    from train.records import find, load
+    from train.report import report
+    from train.tensorboard import write_reference_runs
+
+    contract, facts = prepared[0]["contract"], prepared[0]["facts"]
+    before = run_folder.read_json(folder / "env.json")
+    restarts = before.get("restarts", -1) + 1
+    environment = run_folder.environment() | {"contract": contract, "placement": group.placement(), "restarts": restarts}
+    run_folder.create(folder, config, environment)
+    records = load()
+    claim = find(records, config["claim"]["record"])
+    write_reference_runs(folder.parent, [claim, *(find(records, name) for name in config["claim"]["neighbours"])])
+    print(_opening(folder, contract, facts, group), flush=True)
+    result, error = {"status": "failed"}, None
+    try:
+        with Display() as display:
+            result = group.train(str(folder), str(checkpoint) if checkpoint else None, display.update)
+    except (WorkerFailed, ValueError) as failure:
+        error = str(failure)
+    except KeyboardInterrupt:
+        result["status"] = "interrupted"
+    finished_at = time.time()
+    marks = result.pop("first_step_marks", {})
+    summary = facts | result | {
+        "experiment": config["experiment"],
+        "target_top1": config["target_top1"],
+        "seed": config["seed"],
+        "error": error,
+        "wall_s": finished_at - STARTED,
+        "restarts": restarts,
+        "claim_s": claim.seconds,
+        "first_step": phases(marks),
+        "time_to_first_step_s": marks["first step"] - STARTED if "first step" in marks else None,
+    }
+    run_folder.write_json(folder / "result.json", run_folder.complete(folder, summary))
+    print(report([folder]).text)
+    if error:
+        print(f"launch.run: the run failed: {error}", file=sys.stderr)
+    return 0 if result["status"] == "done" else 1
+
+
+def phases(marks: dict[str, float]) -> dict[str, float]:
+    """Seconds of each phase of the start, from the Unix times at which they ended."""
+    ends = list(marks.items())
+    return {name: end - begin for (_, begin), (name, end) in zip(ends, ends[1:], strict=False)}
+
+
+def _opening(folder: Path, contract: dict, facts: dict, group: WorkerGroup) -> str:
+    hosts = "; ".join(f"worker {p['worker']}: hosts {p['hosts'][0]}-{p['hosts'][1]}" for p in group.placement())
+    lines = [
+        f"run      {folder}",
+        f"mesh     {facts['chips']} emulated chips, {facts['chip_batch_size']} images each = {facts['global_batch_size']} a step; {hosts}",
+        f"numerics {contract['numerics']}: blocks of {contract['block_chips']} chips, {contract['order']}, {contract['threads']} "
+        f"thread(s) a worker, {contract['precision']} ({contract['precision_reason']}), batch norm over {contract['bn_span_chips']} "
+        f"chip(s), {contract['wire_dtype']}",
+        *(f"note     {note}" for note in facts["notes"]),
+        f"watch    tensorboard --logdir {folder.parent}",
+    ]
+    return "\n".join(lines)
+
+
+def _absolute(config: dict) -> dict:
+    """Workers run in other folders: paths of the configuration must not depend on this one."""
+    data = config["data"]
+    if data.get("root"):
+        data = data | {"root": str(Path(data["root"]).expanduser().absolute())}
+    return config | {"data": data, "run_root": str(Path(config["run_root"]).expanduser().absolute())}
+
+
+def _cpus(config: dict) -> int:
+    """Processors to offer in a cluster started here, so that a request for more workers than cores still fits."""
+    workers = 1 if config["workers"] == "auto" else config["workers"]
+    threads = 1 if config["threads"] == "auto" else config["threads"]
+    return workers * threads
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    return compose.main(train, sys.argv[1:], "launch.run")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

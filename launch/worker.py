@@ -1,0 +1,84 @@
+"""The Ray actor around one worker: it holds the process, its environment and its threads; the work is train.build's."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from time import time
+from typing import Any
+
+
+class WorkerActor:
+    """One worker process. Methods run in several threads, so that `progress` and `stop` answer during `train`."""
+
+    def __init__(self, threads: int, loopback: bool) -> None:
+        # before torch is imported: its thread pools and gloo's choice of an interface are fixed at import and at connect
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        if loopback:
+            os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+        self._threads, self._loopback = threads, loopback
+        self._worker: Any = None
+        self._listener: socket.socket | None = None
+
+    def address(self) -> dict:
+        """Where this worker runs, and the port on which it can offer the group's store."""
+        import ray
+
+        context = ray.get_runtime_context()
+        host = "127.0.0.1" if self._loopback else ray.util.get_node_ip_address()
+        self._listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self._listener.bind((host, 0))
+        self._listener.listen()
+        return {
+            "node": context.get_node_id(),
+            "host": host,
+            "port": self._listener.getsockname()[1],
+            "pid": os.getpid(),
+            "gpus": ray.get_gpu_ids(),
+            "started": time(),
+        }
+
+    def prepare(self, config: dict, rank: int, world_size: int, device: str, store: tuple[str, int], marks: dict) -> dict:
+        """Build everything; returns what the worker knows of the run. ValueError where the input is wrong."""
+        from train.build import Worker, WorkerContext
+
+        context = WorkerContext(
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            threads=self._threads,
+            store=self._store(store, rank, world_size) if world_size > 1 else None,
+            marks=dict(marks),
+        )
+        self._worker = Worker(config, context)
+        return {"contract": self._worker.contract(), "facts": self._worker.describe()}
+
+    def _store(self, address: tuple[str, int], rank: int, world_size: int) -> Any:
+        from torch.distributed import TCPStore
+
+        host, port = address
+        if rank > 0:
+            return TCPStore(host, port, world_size, is_master=False, wait_for_workers=False)
+        # handing over a socket that is bound already keeps the store off the other interfaces
+        return TCPStore(
+            host, port, world_size, is_master=True, wait_for_workers=False, master_listen_fd=self._listener.detach()
+        )
+
+    def train(self, run_dir: str, resume_from: str | None) -> dict:
+        return self._worker.train(Path(run_dir), Path(resume_from) if resume_from else None)
+
+    def progress(self) -> Any:
+        return self._worker.progress_callback.state
+
+    def stop(self) -> None:
+        """Ask all workers to stop together after a step (one asking is enough)."""
+        self._worker.trainer.stop_requested.set()
+
+
+def remote(num_cpus: int, num_gpus: int, resources: dict[str, float], **options: Any) -> Callable[..., Any]:
+    """The actor class as Ray schedules it."""
+    import ray
+
+    return ray.remote(WorkerActor).options(
+        num_cpus=num_cpus, num_gpus=num_gpus, resources=resources, max_concurrency=4, max_restarts=0, **options
+    )

@@ -1,0 +1,106 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import compose
+from launch.emulate import EXPERIMENT, emulate
+
+ROOT = Path(__file__).parents[1]
+FIELDS = """time_to_train_s interval_s step_s steps_per_epoch epochs compute_s exposed_comm_s straggler_s input_s other_s eval_s
+startup_s images_per_s images_per_s_per_chip scaling_efficiency chips active_chips global_batch_size collective network""".split()
+
+
+def run(arguments: list[str], cwd: Path, code: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code, *arguments] if code else [sys.executable, "-m", "launch.emulate", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def price(*overrides: str) -> int:
+    return compose.main(emulate, list(overrides), "launch.emulate", experiment=EXPERIMENT)
+
+
+def test_json_is_one_object_without_torch_ray_or_files(tmp_path):
+    code = (
+        "import sys; from launch.emulate import main; status = main();"
+        "loaded = {'torch', 'ray', 'tensorboard'} & set(sys.modules); assert not loaded, loaded; sys.exit(status)"
+    )
+    done = run(["format=json"], tmp_path, code)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert set(FIELDS) <= set(result)
+    assert result["experiment"] == "imagenet_atlas900"
+    assert result["claim"]["seconds"] == 59.8 and result["claim"]["label"] == "claimed"
+    assert [record["seconds"] for record in result["neighbours"]] == [38.76, 70.42]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_table_keeps_claimed_and_emulated_apart(capsys):
+    assert price() == 0
+    head, *rows = capsys.readouterr().out.splitlines()[:5]
+    claimed, emulated = (head.index(word) + len(word) for word in ("claimed", "emulated"))
+    for row, seconds in zip(rows[:3], ("59.8 s", "38.8 s", "70.4 s")):
+        assert row[:claimed].endswith(seconds) and len(row) <= claimed
+    assert row_between(rows[3], claimed, emulated).endswith(" s") and rows[3][claimed - 7 : claimed].strip() == ""
+
+
+def row_between(row: str, first: int, last: int) -> str:
+    return row[first:last]
+
+
+def test_explain_prints_every_origin(capsys):
+    assert price("explain=true", "format=json") == 0
+    origins = json.loads(capsys.readouterr().out)["origins"]
+    assert {"chip.anchor[32]", "link.roce", "chip.jitter", "network.model_error"} <= {origin["name"] for origin in origins}
+    assert price("explain=true") == 0
+    assert "MindSpore 0.2.0-alpha" in capsys.readouterr().out.split("Where the numbers come from")[1]
+
+
+@pytest.mark.parametrize("mesh", compose.groups()["mesh"])
+def test_every_mesh_answers(mesh, capsys):
+    assert price("format=json", f"mesh={mesh}") == 0
+    assert json.loads(capsys.readouterr().out)["time_to_train_s"] > 0
+
+
+@pytest.mark.parametrize("collective", compose.groups()["collective"])
+def test_every_collective_answers(collective, capsys):
+    assert price("format=json", "mesh=atlas900_64", f"collective={collective}") == 0
+    assert json.loads(capsys.readouterr().out)["collective"] == collective
+
+
+@pytest.mark.parametrize("experiment", compose.groups()["experiment"])
+def test_every_experiment_answers(experiment, capsys):
+    assert price("format=json", f"experiment={experiment}") == 0
+    assert json.loads(capsys.readouterr().out)["experiment"] == experiment
+
+
+def test_weak_scaling_keeps_the_images_per_chip(capsys):
+    assert price("format=json", "scaling=weak", "mesh=atlas900_4096") == 0
+    assert json.loads(capsys.readouterr().out)["global_batch_size"] == 32 * 4096
+
+
+def test_a_sweep_prints_one_object_a_job(capsys):
+    assert price("-m", "format=json", "mesh=atlas900_256,atlas900_512") == 0
+    assert [json.loads(line)["chips"] for line in capsys.readouterr().out.splitlines()] == [256, 512]
+
+
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        (["mesh=atlas901"], "atlas901"),
+        (["mesh.axes.host=-8"], "axes.host=-8"),
+        (["mesh.chips=1000"], "not chips=1000"),
+        (["mesh.topology.roce.gbytes_per_s=0"], "gbytes_per_s=0"),
+        (["precision=fp32"], "no published rate in fp32"),
+        (["claim.record=nobody"], "claim.record=nobody"),
+        (["chip.jitter=-1"], "jitter=-1"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(overrides, named, capsys):
+    assert price(*overrides) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and named in printed.err and len(printed.err.splitlines()) == 1

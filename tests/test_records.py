@@ -1,0 +1,70 @@
+import csv
+
+import pytest
+
+from train.records import COLUMNS, PUBLISHED, find, load
+
+
+def test_every_published_row_is_read():
+    records = load()
+    assert len(records) == 170
+    claim = find(records, "huawei-2019-atlas900")
+    assert (claim.seconds, claim.chips, claim.target_top1, claim.epochs) == (59.8, 1024, 75.9, None)
+    assert find(records, "smith-2017").global_batch == "8K then 16K"
+
+
+def test_an_unknown_id_is_named():
+    with pytest.raises(ValueError, match="claim.record=nobody"):
+        find(load(), "nobody")
+
+
+def write(path, rows, columns=COLUMNS):
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+    return path
+
+
+GOOD = dict(zip(COLUMNS, ["a", "A", "8", "chip", "", "256", "90", "75.9", "76", "100", "", "", "", "", "", "", "s", "yes"]))
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"seconds": "-5"}, "line 3: seconds='-5'"),
+        ({"seconds": ""}, "line 3: seconds=''"),
+        ({"chips": "many"}, "line 3: chips='many'"),
+        ({"chips": "8.5"}, "line 3: chips='8.5' must be a whole number"),
+        ({"reached_top1": "760"}, "line 3: reached_top1='760' must be a number above 0 and at most 100"),
+        ({"epochs": "nan"}, "line 3: epochs='nan'"),
+        ({"verified": "perhaps"}, "line 3: verified='perhaps'"),
+        ({"id": "a"}, "line 3: id 'a' is there already .line 2"),
+        ({"id": ""}, "line 3: id is empty"),
+    ],
+)
+def test_impossible_rows_are_named_with_their_line(tmp_path, changes, named):
+    path = write(tmp_path / "records.csv", [GOOD.values(), {**GOOD, "id": "b", **changes}.values()])
+    with pytest.raises(ValueError, match=named):
+        load(path)
+
+
+def test_lines_count_through_quoted_line_breaks(tmp_path):
+    rows = [{**GOOD, "source": "two\nlines"}.values(), {**GOOD, "id": "b", "seconds": "0"}.values()]
+    with pytest.raises(ValueError, match="line 4: seconds='0'"):
+        load(write(tmp_path / "records.csv", rows))
+
+
+def test_missing_columns_short_rows_and_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match="line 1: missing columns verified"):
+        load(write(tmp_path / "a.csv", [], COLUMNS[:-1]))
+    with pytest.raises(ValueError, match="line 2: 18 cells are needed"):
+        load(write(tmp_path / "b.csv", [["only", "three", "cells"]]))
+    with pytest.raises(ValueError, match="no such records file"):
+        load(tmp_path / "c.csv")
+
+
+def test_the_claim_s_files_name_records():
+    text = (PUBLISHED.parents[1] / "claim/atlas900_2019.yaml").read_text()
+    for name in ("mlperf-v1.0-PCL-CloudBrainII_1024_mindspore_close", "mlperf-v0.6-Fujitsu-abci_2048xV100_mxnet"):
+        assert name in text and find(load(), name).seconds == pytest.approx({"m": 38.76}.get(name[0]) if "PCL" in name else 70.42)

@@ -1,0 +1,338 @@
+"""A configuration becomes a worker: dictionary in, trainer out; what a worker does from its first to its last step.
+
+Nothing here knows of Ray: `run_worker` also runs in a plain process. Whoever launches the workers gives each one a
+`WorkerContext`; everything else is in the configuration.
+"""
+
+import dataclasses
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import time
+from typing import Any
+
+import torch
+
+from train import checkpoint, emulator
+from train.callbacks import Callback, MetricsCallback, MLPerfCallback, ProgressCallback, TraceCallback
+from train.comm.aggregation import SumAggregator, TreeAggregator
+from train.data.order import Order
+from train.metrics import open_sinks
+from train.models.chip_norm import ChipPass, allocate_chips, chip_moments
+from train.precision import choose_device, choose_precision, describe_device
+from train.records import find, load
+from train.sim.clock import EmulatedClock
+from train.sim.workload import Workload
+from train.trainer import EVAL_BATCH_SIZE, Limits, Progress, Trainer
+
+KEPT_CHECKPOINTS = 2
+MEMORY_PER_PASS = 2 << 30
+"""Bytes of activations that chips_per_pass=auto aims at."""
+
+
+@dataclass
+class WorkerContext:
+    """What a worker is told beside the configuration. `device` is auto, cpu or cuda; `store` a c10d store all ranks reach."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: str = "cpu"
+    threads: int = 1
+    store: Any = None
+    marks: dict[str, float] = field(default_factory=dict)
+    """Unix times at which phases of the start ended, in order; the first is the command's own start."""
+
+
+class RunInfo:
+    """What callbacks learn of a run before its first step."""
+
+    def __init__(self, worker: "Worker", run_dir: Path, resumed_step: int) -> None:
+        self.run_dir, self.config, self.resumed_step = run_dir, worker.config, resumed_step
+        self.steps_per_epoch, self.total_steps = worker.order.steps_per_epoch, worker.trainer.total_steps
+        self.num_train, self.num_eval = len(worker.source.train), len(worker.source.eval)
+        self.chips, self.global_batch_size = worker.order.num_chips, worker.order.global_batch_size
+
+
+class Worker:
+    """One worker, ready to train. ValueError where the configuration can't be trained; nothing is written before `train`."""
+
+    def __init__(self, config: dict, context: WorkerContext) -> None:
+        from hydra.utils import instantiate
+
+        self.config, self.context = config, context
+        context.marks["import"] = time()
+        torch.set_num_threads(context.threads)
+        self.device = choose_device(context.device)
+        self.precision = choose_precision(config["precision"], self.device)
+        self.source = instantiate(config["data"])
+        self.emulator = emulator.build(
+            config,
+            num_train=len(self.source.train),
+            num_eval=len(self.source.eval),
+            num_classes=self.source.num_classes,
+        )
+        mesh = self.emulator.mesh
+        self.chip_batch_size = chip_batch_size(config, mesh.num_chips)
+        self.order = Order(len(self.source.train), self.chip_batch_size, mesh.num_chips, config["seed"])
+        check_batch_norm(config, self.source.image_size, self.chip_batch_size, mesh.chips_per_host)
+        shares = mesh.shares(context.world_size)
+        self.passes = plan_passes(config, self.emulator.workload, mesh.chips_per_host, shares[context.rank], self.chip_batch_size)
+        torch.manual_seed(config["seed"])
+        model_node = config["model"]
+        if model_node["num_classes"] is None:
+            model_node = model_node | {"num_classes": self.source.num_classes}
+        self.model = instantiate(model_node).to(self.device, memory_format=torch.channels_last)
+        allocate_chips(self.model, len(shares[context.rank]) * mesh.chips_per_host, config["bn_span"])
+        self.optimizer = instantiate(config["optim"], self.model.parameters(), _convert_="all")
+        epochs = config["epochs"][-1] if isinstance(config["epochs"], list) else config["epochs"]
+        schedule = instantiate(config["schedule"], epochs=epochs)
+        context.marks["model and data"] = time()
+        self.group = instantiate(
+            config["backend"], rank=context.rank, world_size=context.world_size, store=context.store, device=self.device
+        )
+        context.marks["group"] = time()
+        exact = config["numerics"] == "exact"
+        global_batch_size = self.order.global_batch_size
+        self.trainer = Trainer(
+            model=self.model,
+            source=self.source,
+            order=self.order,
+            optimizer=self.optimizer,
+            schedule=schedule,
+            gradients=TreeAggregator(self.group, shares) if exact else SumAggregator(self.group),
+            statistics=TreeAggregator(self.group, shares) if exact else SumAggregator(self.group),
+            group=self.group,
+            passes=self.passes,
+            chips_per_block=mesh.chips_per_host,
+            clock=EmulatedClock(
+                self.emulator.step(global_batch_size),
+                self.emulator.eval_s(len(self.source.eval)),
+                self.emulator.startup_s,
+            ),
+            limits=Limits(
+                epochs=epochs,
+                target_top1=config["target_top1"],
+                eval_every=config["eval_every"],
+                eval_offset=config["eval_offset"],
+                checkpoint_every=config["checkpoint_every"],
+                max_steps=config["max_steps"],
+            ),
+            precision=self.precision,
+            label_smoothing=config["label_smoothing"],
+            device=self.device,
+        )
+        self.progress_callback = ProgressCallback()
+
+    def contract(self) -> dict:
+        """What this run promises about its arithmetic, for env.json and the console."""
+        exact = self.config["numerics"] == "exact"
+        block = self.emulator.mesh.chips_per_host
+        return {
+            "numerics": self.config["numerics"],
+            "block_chips": block,
+            "order": f"one binary tree over {self.emulator.mesh.num_hosts} blocks" if exact else "passes in turn, then the backend's",
+            "chips_per_pass": max(chips.count for chips in self.passes),
+            "threads": self.context.threads,
+            "precision": self.precision.name,
+            "precision_reason": self.precision.reason,
+            "gradient_dtype": "fp32",
+            "wire_dtype": f"fp32 between workers; {self.config['wire_dtype']} on the emulated wire",
+            "bn_span_chips": self.config["bn_span"],
+            "bn_momentum": "torch: running = 0.9 * running + 0.1 * batch",
+            "evaluation_statistics": "mean over all chips",
+            "device": self.device,
+            "instruction_set": describe_device(self.device),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+
+    def describe(self) -> dict:
+        """The facts of this run that follow from configuration, data and machine, for result.json and the console."""
+        context = self.context
+        return {
+            "chips": self.order.num_chips,
+            "workers": context.world_size,
+            "threads": context.threads,
+            "device": self.device,
+            "precision": self.precision.name,
+            "numerics": self.config["numerics"],
+            "chip_batch_size": self.chip_batch_size,
+            "global_batch_size": self.order.global_batch_size,
+            "steps_per_epoch": self.order.steps_per_epoch,
+            "total_steps": self.trainer.total_steps,
+            "num_train": len(self.source.train),
+            "num_eval": len(self.source.eval),
+            "model": {"parameters": sum(p.numel() for p in self.model.parameters())} | self.config["model"],
+            "data": self.source.describe(),
+            "notes": self.emulator.notes,
+        }
+
+    def train(self, run_dir: Path, resume_from: Path | None = None) -> dict:
+        """Train to the end; rank 0 writes metrics and checkpoints into `run_dir`. Returns what result.json needs."""
+        torch.set_num_threads(self.context.threads)  # again: the count belongs to the thread, and this may be another one
+        if resume_from is not None:
+            self._restore(resume_from)
+        run = RunInfo(self, run_dir, self.trainer.progress.step)
+        callbacks = self._callbacks(run_dir, run.resumed_step) if self.context.rank == 0 else []
+        for callback in callbacks:
+            callback.on_start(run)
+        status = "failed"
+        try:
+            progress = self.trainer.train(callbacks, lambda progress: self._save(run_dir / "checkpoints", progress))
+            status = "interrupted" if self.trainer.stop_requested.is_set() and not self.finished else "done"
+        finally:
+            result = self._result(status)
+            for callback in callbacks:
+                callback.on_end(result)
+            self.group.close() if status != "failed" else None
+        assert progress is self.trainer.progress
+        return result
+
+    @property
+    def finished(self) -> bool:
+        progress = self.trainer.progress
+        return progress.reached or progress.step >= self.trainer.total_steps
+
+    def _callbacks(self, run_dir: Path, resumed_step: int) -> list[Callback]:
+        claim = find(load(), self.config["claim"]["record"])
+        sinks = open_sinks(run_dir, self.config, resumed_step=resumed_step, claim=claim)
+        first_step = FirstStep(self.context.marks)
+        return [first_step, MetricsCallback(sinks), self.progress_callback, MLPerfCallback(), TraceCallback()]
+
+    def _result(self, status: str) -> dict:
+        progress = self.trainer.progress
+        return {
+            "status": status,
+            "top1": progress.top1,
+            "eval_loss": progress.eval_loss,
+            "target_top1": self.config["target_top1"],
+            "reached": progress.reached,
+            "steps": progress.step,
+            "epochs": progress.step / self.order.steps_per_epoch,
+            "measured_s": progress.measured_s,
+            "emulated_s": self.trainer.clock.seconds,
+            "images_per_s": progress.step * self.order.global_batch_size / progress.measured_s if progress.measured_s else None,
+            "weights_sha256": checkpoint.weights_sha256(self.model) if status != "failed" else None,
+            "first_step_marks": self.context.marks,
+        }
+
+    def _save(self, folder: Path, progress: Progress) -> None:
+        """Gather the chips' statistics on rank 0, which writes the checkpoint; all ranks return when it is on disk."""
+        self.trainer.average_statistics()  # so that the saved weights are complete: what evaluation would use
+        moments = torch.cat([moment.flatten(1) for moment in chip_moments(self.model)], dim=1)
+        shares = self.emulator.mesh.shares(self.group.world_size)
+        if self.group.rank > 0:
+            self.group.send(moments, 0)
+        else:
+            rows_per_block = self.emulator.mesh.chips_per_host // self.config["bn_span"]
+            parts = [moments]
+            for rank in range(1, self.group.world_size):
+                parts.append(moments.new_empty((len(shares[rank]) * rows_per_block, moments.shape[1])))
+                self.group.recv(parts[-1], rank)
+            state = {
+                "run": self._identity(),
+                "progress": dataclasses.asdict(progress),
+                "clock": self.trainer.clock.state_dict(),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "chip_moments": torch.cat(parts),
+            }
+            checkpoint.save(folder, progress.step, state)
+            checkpoint.keep_last(folder, KEPT_CHECKPOINTS)
+        self.group.barrier()
+
+    def _restore(self, path: Path) -> None:
+        state = checkpoint.load(path)
+        for key, value in self._identity().items():
+            if state["run"].get(key) != value:
+                raise ValueError(f"{path}: the checkpoint has {key}={state['run'].get(key)}, this run {value}; start a new run")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        mine = moments_of(state["chip_moments"], self.passes, self.config["bn_span"]).to(self.device)
+        offset = 0
+        for moment in chip_moments(self.model):
+            moment.copy_(mine[:, offset : offset + moment.shape[1]])
+            offset += moment.shape[1]
+        self.trainer.clock.load_state_dict(state["clock"])
+        self.trainer.progress = Progress(**state["progress"])
+
+    def _identity(self) -> dict:
+        """What must be equal for a checkpoint to continue the same training; the workers may change."""
+        exact = {"threads": self.context.threads, "precision": self.precision.name} if self.config["numerics"] == "exact" else {}
+        return exact | {
+            "numerics": self.config["numerics"],
+            "chips": self.order.num_chips,
+            "chip_batch_size": self.chip_batch_size,
+            "seed": self.config["seed"],
+            "bn_span": self.config["bn_span"],
+            "data": self.source.fingerprint,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "optimizer": type(self.optimizer).__name__,
+        }
+
+
+class FirstStep(Callback):
+    """Notes when the first step ended."""
+
+    def __init__(self, marks: dict[str, float]) -> None:
+        self.marks = marks
+
+    def on_step(self, record: Any) -> None:
+        self.marks.setdefault("first step", time())
+
+
+def run_worker(config: dict, context: WorkerContext, run_dir: Path, resume_from: Path | None = None) -> dict:
+    """What one worker does: prepare, train, leave."""
+    return Worker(config, context).train(run_dir, resume_from)
+
+
+def chip_batch_size(config: dict, num_chips: int) -> int:
+    """Images per chip and step; training needs whole and equal chip batches."""
+    given, total = config["chip_batch_size"], config["global_batch_size"]
+    if given is not None:
+        if total is not None and total != given * num_chips:
+            raise ValueError(
+                f"global_batch_size={total} is not chip_batch_size={given} x {num_chips} chips; set one of the two to null"
+            )
+        return given
+    if total % num_chips:
+        raise ValueError(f"global_batch_size={total} does not divide among {num_chips} chips; take a multiple of {num_chips}")
+    return total // num_chips
+
+
+def check_batch_norm(config: dict, image_size: int, chip_batch: int, chips_per_block: int) -> None:
+    """Every batch norm needs two values per channel, and a span must not cross blocks."""
+    span = config["bn_span"]
+    if chips_per_block % span:
+        raise ValueError(f"bn_span={span}: must divide the {chips_per_block} chips of a block (a host); larger spans are not supported")
+    smallest = -(-image_size // (8 if config["model"]["stem"] == "small" else 32))
+    if chip_batch * span * smallest**2 < 2:
+        raise ValueError(
+            f"chip_batch_size={chip_batch} with data.image_size={image_size} leaves the last batch norms one value per channel; "
+            "raise chip_batch_size, data.image_size or bn_span"
+        )
+
+
+def plan_passes(config: dict, workload: Workload, chips_per_block: int, blocks: range, chip_batch: int) -> list[ChipPass]:
+    """A worker's chips in passes: one block each in `exact`, as many blocks as memory holds in `fast`."""
+    per_pass = config["chips_per_pass"]
+    if config["numerics"] == "exact":
+        if per_pass not in ("auto", chips_per_block):
+            raise ValueError(
+                f"chips_per_pass={per_pass}: numerics=exact computes one block of {chips_per_block} chips a pass; "
+                "leave it at auto, or use numerics=fast"
+            )
+        per_pass = chips_per_block
+    elif per_pass == "auto":
+        bytes_per_chip = chip_batch * workload.activation_bytes(4)
+        per_pass = max(MEMORY_PER_PASS // bytes_per_chip // chips_per_block, 1) * chips_per_block
+    if per_pass % config["bn_span"]:
+        raise ValueError(f"chips_per_pass={per_pass}: must be a multiple of bn_span={config['bn_span']}")
+    first, last = blocks.start * chips_per_block, blocks.stop * chips_per_block
+    return [ChipPass(chip, min(per_pass, last - chip), config["bn_span"]) for chip in range(first, last, per_pass)]
+
+
+def moments_of(moments: torch.Tensor, passes: list[ChipPass], span: int) -> torch.Tensor:
+    """The rows of all chips' statistics [groups, channels] that belong to a worker's passes."""
+    return moments[passes[0].first // span : (passes[-1].first + passes[-1].count) // span]

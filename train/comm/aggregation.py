@@ -1,0 +1,133 @@
+"""Adding up what the blocks of all workers computed: in one fixed order (`exact`) or in the fastest one (`fast`).
+
+A block's contribution is a list of tensors (its gradients, its loss ...); all workers get the sum over all blocks.
+"""
+
+import time
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from train.comm.groups import Group
+from train.comm.tree import PartialSums, aligned_nodes, combine
+
+
+class Aggregator(Protocol):
+    comm_s: float
+    """Seconds spent in communication by the last `total`."""
+
+    def add(self, block: int, tensors: list[Tensor]) -> None:
+        """Take over a pass's contribution (the tensors are overwritten); `block` is its first block, in ascending order."""
+
+    def total(self) -> list[Tensor]:
+        """The sum over every worker's contributions since the last call, in float32 or wider, on every worker."""
+
+
+def _add(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
+    torch._foreach_add_(left, right)
+    return left
+
+
+class TreeAggregator:
+    """The sum in the order of the summation tree: the same bits for every contiguous split of the blocks over workers.
+
+    Every worker sends to each other one the slice of its partial sums that the other finishes, and the finished slices are
+    gathered: each moves as many bytes as a ring all-reduce does when a worker's blocks are one node of the tree.
+    """
+
+    def __init__(self, group: Group, shares: list[range]) -> None:
+        """`shares`: the consecutive blocks of each rank."""
+        self._group = group
+        self._nodes = [aligned_nodes(share.start, share.stop) for share in shares]
+        self._num_blocks = shares[-1].stop
+        self._sums = PartialSums(_add)
+        self.comm_s = 0.0
+
+    def add(self, block: int, tensors: list[Tensor]) -> None:
+        self._sums.push(block, tensors)
+
+    def total(self) -> list[Tensor]:
+        partial = self._sums.take()
+        started = time.perf_counter()
+        if self._group.world_size == 1:
+            result = combine(partial, self._num_blocks, _add)
+        else:
+            result = self._across_workers(list(partial.values()))
+        self.comm_s = time.perf_counter() - started
+        return result
+
+    def _across_workers(self, partial: list[list[Tensor]]) -> list[Tensor]:
+        rank, world_size = self._group.rank, self._group.world_size
+        like = partial[0]
+        length = -(-sum(t.numel() for t in like) // world_size)
+        mine = [flatten(tensors, length * world_size).view(world_size, length) for tensors in partial]
+        received = {rank: torch.stack([flat[rank] for flat in mine])}
+        for peer in meeting_order(rank, world_size):
+            outgoing = torch.stack([flat[peer] for flat in mine])
+            incoming = outgoing.new_empty((len(self._nodes[peer]), length))
+            if rank < peer:  # one of the two listens first, or both would wait for each other
+                self._group.send(outgoing, peer)
+                self._group.recv(incoming, peer)
+            else:
+                self._group.recv(incoming, peer)
+                self._group.send(outgoing, peer)
+            received[peer] = incoming
+        nodes = {
+            node: row
+            for owner, rows in received.items()
+            for node, row in zip(self._nodes[owner], rows.unbind(), strict=True)
+        }
+        finished = combine(nodes, self._num_blocks, lambda left, right: left.add_(right))
+        return unflatten(self._group.all_gather(finished.contiguous()).view(-1), like)
+
+
+class SumAggregator:
+    """The sum in whatever order is fastest: a worker's own passes one after the other, then the backend's all-reduce."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._sum: list[Tensor] | None = None
+        self.comm_s = 0.0
+
+    def add(self, block: int, tensors: list[Tensor]) -> None:
+        self._sum = tensors if self._sum is None else _add(self._sum, tensors)
+
+    def total(self) -> list[Tensor]:
+        tensors, self._sum = self._sum, None
+        started = time.perf_counter()
+        if self._group.world_size > 1:
+            flat = flatten(tensors, sum(t.numel() for t in tensors))
+            self._group.all_reduce(flat)
+            tensors = unflatten(flat, tensors)
+        self.comm_s = time.perf_counter() - started
+        return tensors
+
+
+def meeting_order(rank: int, world_size: int) -> list[int]:
+    """The other ranks, in an order in which every two meet in the same round (a round-robin tournament)."""
+    peers = ((turn - rank) % world_size for turn in range(world_size))
+    return [peer for peer in peers if peer != rank]
+
+
+def flatten(tensors: list[Tensor], length: int) -> Tensor:
+    """All elements in one vector of `length`, in memory order of each tensor, zeros behind them."""
+    flat = torch.zeros(length, dtype=tensors[0].dtype, device=tensors[0].device)
+    offset = 0
+    for tensor in tensors:
+        _like(flat[offset : offset + tensor.numel()], tensor).copy_(tensor)
+        offset += tensor.numel()
+    return flat
+
+
+def unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Views of `flat` with the shapes and strides of `like`."""
+    tensors, offset = [], 0
+    for tensor in like:
+        tensors.append(_like(flat[offset : offset + tensor.numel()], tensor))
+        offset += tensor.numel()
+    return tensors
+
+
+def _like(part: Tensor, tensor: Tensor) -> Tensor:
+    return part.as_strided(tensor.shape, tensor.stride(), part.storage_offset())

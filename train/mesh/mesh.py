@@ -1,0 +1,103 @@
+"""The mesh: emulated chips with named axes, the links between them, and the map from hosts to real workers."""
+import math
+from functools import cached_property
+
+import numpy as np
+
+from train.mesh.topology import Topology
+
+
+class Mesh:
+    """Chips numbered row by row over `axes` (the last axis runs fastest), e.g. {host: 128, chip: 8}.
+
+    chips: the number they should multiply to, where the file wants that checked.
+    """
+
+    def __init__(self, name: str, axes: dict[str, int], topology: Topology, chips: int | None = None):
+        if not axes:
+            raise ValueError(f"mesh {name} has no axes; give at least one, e.g. axes: {{host: 8, chip: 8}}")
+        for axis, size in axes.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"mesh {name}: axes.{axis}={size!r} must be a whole number of at least 1")
+        self.name = name
+        self.axes = dict(axes)
+        self.topology = topology
+        self.num_chips = math.prod(axes.values())
+        product = " x ".join(f"{axis} {size}" for axis, size in axes.items())
+        if chips is not None and chips != self.num_chips:
+            raise ValueError(f"mesh {name}: axes {product} = {self.num_chips}, not chips={chips}; change one of them")
+        self.chips_per_host = min(topology.chips_per_host, self.num_chips)
+        if self.num_chips % self.chips_per_host:
+            raise ValueError(
+                f"mesh {name}: axes {product} = {self.num_chips} chips are no whole hosts of {self.chips_per_host}"
+            )
+        self.num_hosts = self.num_chips // self.chips_per_host
+        if axes.get("host", self.num_hosts) != self.num_hosts:
+            raise ValueError(
+                f"mesh {name}: axes.host={axes['host']}, but {self.num_chips} chips are {self.num_hosts} hosts of "
+                f"{self.chips_per_host}; set axes.chip={topology.chips_per_host}"
+            )
+
+    def coordinates(self, chip: int) -> dict[str, int]:
+        return dict(zip(self.axes, map(int, np.unravel_index(chip, tuple(self.axes.values())))))
+
+    def chip(self, **coordinates: int) -> int:
+        return int(np.ravel_multi_index([coordinates[axis] for axis in self.axes], tuple(self.axes.values())))
+
+    @cached_property
+    def inside_axes(self) -> tuple[str, ...]:
+        """The last axes, those that make up one host. ValueError where axes cut across hosts."""
+        names = tuple(self.axes)
+        for first in range(len(names)):
+            if self.size(names[first:]) == self.chips_per_host:
+                return names[first:]
+        raise ValueError(f"mesh {self.name}: no last axes of {self.axes} make a host of {self.chips_per_host} chips")
+
+    @property
+    def between_axes(self) -> tuple[str, ...]:
+        return tuple(axis for axis in self.axes if axis not in self.inside_axes)
+
+    def size(self, axes: tuple[str, ...]) -> int:
+        return math.prod(self.axes[axis] for axis in axes)
+
+    def groups(self, axes: tuple[str, ...]) -> np.ndarray:
+        """[groups, size]: the chips that differ in `axes` alone, in the order of those axes."""
+        names = list(self.axes)
+        chips = np.arange(self.num_chips).reshape(tuple(self.axes.values()))
+        moved = np.moveaxis(chips, [names.index(axis) for axis in axes], range(-len(axes), 0))
+        return moved.reshape(-1, self.size(axes))
+
+    def positions(self, axes: tuple[str, ...]) -> np.ndarray:
+        """[chips]: each chip's position in its group along `axes`."""
+        positions = np.empty(self.num_chips, dtype=np.int64)
+        positions[self.groups(axes)] = np.arange(self.size(axes))
+        return positions
+
+    def rings(self, axes: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        """Rings (orders of positions) along `axes` that can run at once: the host's own where the axes end in a host."""
+        size, host = self.size(axes), self.chips_per_host
+        if axes != tuple(self.axes)[-len(axes):] or size % host:
+            return (tuple(range(size)),)
+        inside = self.topology.rings(host)
+        if size == host:
+            return inside
+        return (tuple(first + position for first in range(0, size, host) for position in inside[0]),)
+
+    def first_hosts(self, num_hosts: int) -> "Mesh":
+        """The mesh of the first `num_hosts` hosts."""
+        if num_hosts == self.num_hosts:
+            return self
+        return Mesh(f"{self.name}, {num_hosts} hosts", {"host": num_hosts, "chip": self.chips_per_host}, self.topology)
+
+    def shares(self, workers: int) -> list[range]:
+        """Contiguous hosts for each worker; sizes differ by at most one, larger first."""
+        if workers < 1:
+            raise ValueError(f"workers={workers} must be at least 1")
+        if workers > self.num_hosts:
+            raise ValueError(
+                f"workers={workers} is more than the {self.num_hosts} hosts of mesh {self.name}; "
+                f"a host is never split: use at most workers={self.num_hosts} or a larger mesh"
+            )
+        size, larger = divmod(self.num_hosts, workers)
+        starts = [worker * size + min(worker, larger) for worker in range(workers + 1)]
+        return [range(first, last) for first, last in zip(starts, starts[1:])]

@@ -1,0 +1,119 @@
+"""ResNet 18 to 152, v1.5 (stride in the 3x3 convolution of a bottleneck), with batch norm per emulated chip.
+
+He et al. 2015 (arXiv 1512.03385); v1.5 as in MLPerf and torchvision, whose parameter names and values this model shares.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from train.models.chip_norm import ChipBatchNorm2d, ChipPass
+from train.models.conv import Conv2d
+
+BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+STAGE_WIDTHS = (64, 128, 256, 512)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and the identity."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int, chip_pass: ChipPass) -> None:
+        super().__init__()
+        self.conv1 = Conv2d(inputs, width, 3, stride)
+        self.bn1 = ChipBatchNorm2d(width, chip_pass)
+        self.conv2 = Conv2d(width, width, 3)
+        self.bn2 = ChipBatchNorm2d(width, chip_pass)
+        self.downsample = shortcut(inputs, width * self.expansion, stride, chip_pass)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu_(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return torch.relu_(y.add_(self.downsample(x)))
+
+    @property
+    def last_norm(self) -> ChipBatchNorm2d:
+        return self.bn2
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (with the stride) and 1x1 convolutions and the identity."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, stride: int, chip_pass: ChipPass) -> None:
+        super().__init__()
+        self.conv1 = Conv2d(inputs, width, 1)
+        self.bn1 = ChipBatchNorm2d(width, chip_pass)
+        self.conv2 = Conv2d(width, width, 3, stride)
+        self.bn2 = ChipBatchNorm2d(width, chip_pass)
+        self.conv3 = Conv2d(width, width * self.expansion, 1)
+        self.bn3 = ChipBatchNorm2d(width * self.expansion, chip_pass)
+        self.downsample = shortcut(inputs, width * self.expansion, stride, chip_pass)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu_(self.bn1(self.conv1(x)))
+        y = torch.relu_(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return torch.relu_(y.add_(self.downsample(x)))
+
+    @property
+    def last_norm(self) -> ChipBatchNorm2d:
+        return self.bn3
+
+
+def shortcut(inputs: int, outputs: int, stride: int, chip_pass: ChipPass) -> nn.Module:
+    if stride == 1 and inputs == outputs:
+        return nn.Identity()
+    return nn.Sequential(Conv2d(inputs, outputs, 1, stride), ChipBatchNorm2d(outputs, chip_pass))
+
+
+class ResNet(nn.Module):
+    """[images, 3, height, width] -> [images, num_classes] logits; `chip_pass` says whose images a training pass holds."""
+
+    def __init__(self, depth: int, num_classes: int, stem: str, chip_pass: ChipPass) -> None:
+        super().__init__()
+        self.chip_pass = chip_pass
+        block = Bottleneck if depth >= 50 else BasicBlock
+        small = stem == "small"
+        self.conv1 = Conv2d(3, 64, 3) if small else Conv2d(3, 64, 7, 2)
+        self.bn1 = ChipBatchNorm2d(64, chip_pass)
+        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
+        inputs = 64
+        for stage, (width, blocks) in enumerate(zip(STAGE_WIDTHS, BLOCKS_PER_STAGE[depth], strict=True), 1):
+            layers = []
+            for i in range(blocks):
+                layers.append(block(inputs, width, 2 if stage > 1 and i == 0 else 1, chip_pass))
+                inputs = width * block.expansion
+            setattr(self, f"layer{stage}", nn.Sequential(*layers))
+        self.fc = nn.Linear(inputs, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.maxpool(torch.relu_(self.bn1(self.conv1(images))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+def resnet(
+    depth: Literal[18, 34, 50, 101, 152] = 50,
+    stem: Literal["imagenet", "small"] = "imagenet",
+    num_classes: int = 1000,
+    zero_init_last_gamma: bool = True,
+) -> ResNet:
+    """A ResNet with He-normal convolutions (fan out); `stem=small` is one 3x3 convolution at full size, for small images.
+
+    `zero_init_last_gamma` starts every residual branch at zero (Goyal et al. 2017, section 5.1).
+    """
+    if depth not in BLOCKS_PER_STAGE:
+        raise ValueError(f"model.depth={depth}: there is no such ResNet; use one of {sorted(BLOCKS_PER_STAGE)}")
+    if num_classes < 2:
+        raise ValueError(f"model.num_classes={num_classes}: at least 2 classes are needed")
+    model = ResNet(depth, num_classes, stem, ChipPass())
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif zero_init_last_gamma and isinstance(module, BasicBlock | Bottleneck):
+            nn.init.zeros_(module.last_norm.weight)
+    return model

@@ -1,0 +1,70 @@
+"""LARS, layer-wise adaptive rate scaling, with MLPerf's formula.
+
+You et al. 2017 (arXiv 1708.03888); MLPerf training rules for ResNet (epsilon 0, batch norm and biases not scaled):
+
+    trust = coefficient * |w| / (|g| + decay * |w| + epsilon)      1 where either norm is zero
+    v = momentum * v + lr * trust * (g + decay * w)
+    w = w - v
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from train.optim.parameters import split_by_decay
+
+
+class LARS(torch.optim.Optimizer):
+    """The learning rate stands inside the momentum, as in MLPerf's reference; vectors take plain momentum steps."""
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        momentum: float = 0.9,
+        weight_decay: float = 5e-5,
+        coefficient: float = 0.001,
+        epsilon: float = 0.0,
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"optim.momentum={momentum}: momentum lies in [0, 1)")
+        for name, value in (("weight_decay", weight_decay), ("coefficient", coefficient), ("epsilon", epsilon)):
+            if value < 0:
+                raise ValueError(f"optim.{name}={value}: must not be negative")
+        matrices, vectors = split_by_decay(parameters)
+        groups = [
+            {"params": matrices, "weight_decay": weight_decay, "scaled": True},
+            {"params": vectors, "weight_decay": 0.0, "scaled": False},
+        ]
+        super().__init__(groups, {"lr": 0.0, "momentum": momentum, "coefficient": coefficient, "epsilon": epsilon})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            for p in parameters:
+                if "velocity" not in self.state[p]:
+                    self.state[p]["velocity"] = torch.zeros_like(p)
+            gradients = [p.grad for p in parameters]
+            rates = [group["lr"]] * len(parameters)
+            if group["scaled"]:
+                rates = [group["lr"] * t for t in self._trust(parameters, gradients, group)]
+            if group["weight_decay"]:
+                gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+            velocities = [self.state[p]["velocity"] for p in parameters]
+            torch._foreach_mul_(velocities, group["momentum"])
+            torch._foreach_add_(velocities, torch._foreach_mul(gradients, rates))
+            torch._foreach_sub_(parameters, velocities)
+
+    @staticmethod
+    def _trust(parameters: list[nn.Parameter], gradients: list[Tensor], group: dict) -> list[Tensor]:
+        trusts = []
+        for w, g in zip(torch._foreach_norm(parameters), torch._foreach_norm(gradients), strict=True):
+            denominator = g + group["weight_decay"] * w + group["epsilon"]
+            usable = (w > 0) & (g > 0)
+            trusts.append(torch.where(usable, group["coefficient"] * w / denominator, torch.ones_like(w)))
+        return trusts
+
+

@@ -1,0 +1,71 @@
+"""Learning rates by epoch: a linear warm-up, then a polynomial (MLPerf's form) or a cosine (Loshchilov and Hutter 2016).
+
+A schedule is f(epoch) -> learning rate, with epoch = steps done / steps per epoch, so that it does not depend on the batch.
+"""
+
+import math
+
+
+class _Warmup:
+    """The linear warm-up from 0 and the clock of the decay that follows it."""
+
+    def __init__(self, base_lr: float, end_lr: float, warmup_epochs: float, epochs: float, decay_epochs: float | None) -> None:
+        if base_lr <= 0:
+            raise ValueError(f"schedule.base_lr={base_lr}: the learning rate must be positive")
+        if end_lr < 0:
+            raise ValueError(f"schedule.end_lr={end_lr}: must not be negative")
+        if not 0 <= warmup_epochs < epochs:
+            raise ValueError(f"schedule.warmup_epochs={warmup_epochs}: must lie between 0 and the run's epochs={epochs}")
+        if decay_epochs is not None and decay_epochs <= 0:
+            raise ValueError(f"schedule.decay_epochs={decay_epochs}: must be positive; leave it out to decay over the whole run")
+        self.base_lr = base_lr
+        self.end_lr = end_lr
+        self.warmup_epochs = warmup_epochs
+        self.decay_epochs = epochs - warmup_epochs if decay_epochs is None else decay_epochs
+
+    def __call__(self, epoch: float) -> float:
+        if epoch < self.warmup_epochs:
+            return self.base_lr * epoch / self.warmup_epochs
+        done = min((epoch - self.warmup_epochs) / self.decay_epochs, 1.0)
+        return self.end_lr + (self.base_lr - self.end_lr) * self._remaining(done)
+
+    def _remaining(self, done: float) -> float:
+        raise NotImplementedError
+
+
+class Polynomial(_Warmup):
+    """end + (base - end) * (1 - done)^power; MLPerf: power 2, end 0.0001, `decay_epochs` counted after the warm-up."""
+
+    def __init__(
+        self,
+        epochs: float,
+        base_lr: float,
+        end_lr: float = 0.0001,
+        power: float = 2.0,
+        warmup_epochs: float = 5.0,
+        decay_epochs: float | None = None,
+    ) -> None:
+        super().__init__(base_lr, end_lr, warmup_epochs, epochs, decay_epochs)
+        if power <= 0:
+            raise ValueError(f"schedule.power={power}: must be positive")
+        self.power = power
+
+    def _remaining(self, done: float) -> float:
+        return (1 - done) ** self.power
+
+
+class Cosine(_Warmup):
+    """end + (base - end) * (1 + cos(pi * done)) / 2."""
+
+    def __init__(
+        self,
+        epochs: float,
+        base_lr: float,
+        end_lr: float = 0.0,
+        warmup_epochs: float = 5.0,
+        decay_epochs: float | None = None,
+    ) -> None:
+        super().__init__(base_lr, end_lr, warmup_epochs, epochs, decay_epochs)
+
+    def _remaining(self, done: float) -> float:
+        return (1 + math.cos(math.pi * done)) / 2

@@ -1,0 +1,23 @@
+"""SGD with momentum, as torch computes it: v = m v + g + d w, w = w - lr v; batch norm and biases do not decay."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from train.optim.parameters import split_by_decay
+
+
+class SGD(torch.optim.SGD):
+    """`torch.optim.SGD` with the recipe's parameter groups; `step()` uses the learning rate that `set_lr` left in the groups."""
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 5e-5
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"optim.momentum={momentum}: momentum lies in [0, 1)")
+        if weight_decay < 0:
+            raise ValueError(f"optim.weight_decay={weight_decay}: must not be negative")
+        matrices, vectors = split_by_decay(parameters)
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        super().__init__(groups, lr=0.0, momentum=momentum, nesterov=nesterov, fused=True)

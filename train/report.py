@@ -1,0 +1,286 @@
+"""Run folders and published records -> report.md and report.json: claimed, emulated and measured side by side.
+
+What was computed (accuracy, images per second here) is measured; what the modelled machine would have shown is emulated; what
+others published is claimed. Nothing is reported that was not reached: without the target there is no time to target.
+"""
+import json
+import sys
+import textwrap
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from train.conditions import Condition, as_count, as_number, as_percent, as_rate, as_seconds, conditions, to_fraction
+from train.metrics import read_rows, write_aside
+from train.records import Record, find, load
+
+WIDTH = 100
+@dataclass(frozen=True)
+class RunReport:
+    run_dir: Path
+    markdown: str
+    data: dict
+
+
+@dataclass(frozen=True)
+class Report:
+    runs: list[RunReport]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(run.markdown for run in self.runs)
+
+
+def report(run_dirs: list[str | Path], records: list[Record] | None = None) -> Report:
+    """Reads the folders, writes report.md and report.json into each; ValueError if one is not a run folder."""
+    records = load() if records is None else records
+    runs = [_report(Path(folder), records) for folder in run_dirs]
+    for run in runs:
+        write_aside(run.run_dir / "report.md", run.markdown)
+        write_aside(run.run_dir / "report.json", json.dumps(run.data, indent=2) + "\n")
+    return Report(runs)
+
+
+def _report(run_dir: Path, records: list[Record]) -> RunReport:
+    config = _read_config(run_dir)
+    result = _read_json(run_dir / "result.json") or _unfinished(run_dir)
+    contract = (_read_json(run_dir / "env.json") or {}).get("contract") or {}
+    named = config.get("claim") or {}
+    claim = find(records, named["record"]) if named.get("record") else None
+    neighbours = [find(records, id) for id in named.get("neighbours") or []]
+    columns = {"claimed": _claimed(claim), "emulated": _emulated(result), "measured": _measured(result)}
+    differing = conditions(config, result, claim) if claim else []
+    data = {
+        "run": run_dir.name,
+        "status": result["status"],
+        "error": result.get("error"),
+        "reached": bool(result.get("reached")),
+        **columns,
+        "conditions": [asdict(condition) for condition in differing],
+        "claim": asdict(claim) if claim else None,
+        "neighbours": [asdict(record) for record in neighbours],
+        "notes": result.get("notes") or [],
+        "contract": contract,
+        "time_to_first_step_s": result.get("time_to_first_step_s"),
+        "first_step": result.get("first_step") or {},
+        "weights_sha256": result.get("weights_sha256"),
+        "restarts": result.get("restarts"),
+    }
+    return RunReport(run_dir, _markdown(data, result, claim, neighbours, differing), data)
+
+
+# ---- the three columns: numbers in seconds, fractions and images, None where there is none ----
+
+
+def _claimed(claim: Record | None) -> dict:
+    if claim is None:
+        return {}
+    return {
+        "time_to_target_s": claim.seconds,
+        "target_top1": to_fraction(claim.target_top1),
+        "top1": to_fraction(claim.reached_top1),
+        "images_per_s": claim.images_per_s,
+        "images_per_s_per_chip": claim.images_per_s_per_chip,
+        "epochs": claim.epochs,
+        "chips": claim.chips,
+        "global_batch_size": claim.global_batch,
+    }
+
+
+def _emulated(result: dict) -> dict:
+    seconds, chips = result.get("emulated_s"), result.get("chips")
+    rate = _images(result) / seconds if seconds else None
+    return {
+        "time_to_target_s": seconds if result.get("reached") else None,
+        "clock_s": seconds,
+        "target_top1": result.get("target_top1"),
+        "images_per_s": rate,
+        "images_per_s_per_chip": rate / chips if rate and chips else None,
+        "epochs": result.get("epochs"),
+        "chips": chips,
+        "global_batch_size": result.get("global_batch_size"),
+    }
+
+
+def _measured(result: dict) -> dict:
+    seconds, workers = result.get("measured_s"), result.get("workers")
+    rate = _images(result) / seconds if seconds else None
+    return {
+        "time_to_target_s": seconds if result.get("reached") else None,
+        "clock_s": seconds,
+        "wall_s": result.get("wall_s"),
+        "target_top1": result.get("target_top1"),
+        "top1": result.get("top1"),
+        "images_per_s": rate,
+        "images_per_s_per_worker": rate / workers if rate and workers else None,
+        "epochs": result.get("epochs"),
+        "workers": workers,
+        "device": result.get("device"),
+        "global_batch_size": result.get("global_batch_size"),
+    }
+
+
+def _images(result: dict) -> int:
+    """Training images of the run: rates are over the whole clock, as published ones are."""
+    return (result.get("steps") or 0) * (result.get("global_batch_size") or 0)
+
+
+# ---- the text ----
+
+
+def _markdown(data: dict, result: dict, claim: Record | None, neighbours: list[Record], differing: list[Condition]) -> str:
+    lines = [f"# Run {data['run']}", "", *_wrap(_outcome(data, result)), ""]
+    if data["error"]:
+        lines += [*_wrap(f"Error: {data['error']}"), ""]
+    lines += [*_table(data), ""]
+    lines += _wrap(
+        "Rates are over the whole clock, evaluations included. The emulated clock is a model's; accuracy is not emulated: it "
+        f"was computed here, by {as_count(result.get('workers'))} workers on {result.get('device') or 'unknown devices'}."
+    )
+    if claim:
+        lines += ["", *_wrap(f"Claim: {_record(claim)}. Source: {claim.source}.")]
+        lines += ["", "## Conditions that differ from the claim", ""]
+        lines += _bullets(f"{c.name}: claim {c.claim}; this run {c.run}" for c in differing if c.differs)
+        if unknown := [f"{c.name}: this run {c.run}" for c in differing if c.differs is None]:
+            lines += ["", "Not published with the claim, so not comparable:", "", *_bullets(unknown)]
+        if same := [c.name for c in differing if c.differs is False]:
+            lines += ["", *_wrap(f"Same as the claim: {', '.join(same)}.")]
+    if neighbours:
+        lines += ["", "## Published neighbours of the claim", "", *_bullets(map(_record, neighbours))]
+    if data["notes"]:
+        lines += ["", "## What the emulated clock assumes", "", *_bullets(data["notes"])]
+    if data["contract"]:
+        lines += ["", "## Numerics contract", "", *_bullets(f"{key}: {value}" for key, value in data["contract"].items())]
+    if data["first_step"]:
+        total = data["time_to_first_step_s"]
+        lines += ["", f"## First training step{f' after {total:.1f} s' if total is not None else ''}", ""]
+        lines += _bullets(f"{phase}: {seconds:.2f} s" for phase, seconds in data["first_step"].items())
+    return "\n".join(lines) + "\n"
+
+
+def _outcome(data: dict, result: dict) -> str:
+    top1, target = as_percent(result.get("top1")), as_percent(result.get("target_top1"))
+    where = f"after {as_number(result.get('epochs'))} epochs ({as_count(result.get('steps'))} steps)"
+    if data["reached"]:
+        outcome = f"The target of {target} was reached: {top1} top-1 {where}."
+    else:
+        seen = f"{top1} top-1" if result.get("top1") is not None else "no evaluation was made"
+        outcome = f"The target of {target} was NOT reached: {seen} {where}. There is no time to target."
+    restarts = f" Restarts: {result['restarts']}." if result.get("restarts") else ""
+    return f"Status: {data['status']}. {outcome}{restarts}"
+
+
+def _table(data: dict) -> list[str]:
+    claimed, emulated, measured = data["claimed"], data["emulated"], data["measured"]
+    missed = "not reached" if not data["reached"] else None
+    batch = "global_batch_size"
+    rows = [
+        ("time to target", *(as_seconds(c.get("time_to_target_s"), missed) for c in (emulated, measured))),
+        ("target top-1", *(as_percent(c["target_top1"]) for c in (emulated, measured))),
+        ("top-1", "-", as_percent(measured["top1"])),
+        ("images/s", *(as_rate(c["images_per_s"]) for c in (emulated, measured))),
+        (
+            "images/s per chip (worker)",
+            as_rate(emulated["images_per_s_per_chip"]),
+            f"{as_rate(measured['images_per_s_per_worker'])} a worker",
+        ),
+        ("epochs", *(as_number(c["epochs"]) for c in (emulated, measured))),
+        ("chips (workers)", as_count(emulated["chips"]), f"{as_count(measured['workers'])} workers"),
+        ("global batch", *(as_count(c[batch]) for c in (emulated, measured))),
+    ]
+    claims = [
+        as_seconds(claimed.get("time_to_target_s")),
+        as_percent(claimed.get("target_top1")),
+        as_percent(claimed.get("top1")),
+        as_rate(claimed.get("images_per_s")),
+        as_rate(claimed.get("images_per_s_per_chip")),
+        as_number(claimed.get("epochs")),
+        as_count(claimed.get("chips")),
+        as_count(claimed.get(batch)),
+    ]
+    cells = [("", "claimed", "emulated", "measured")]
+    cells += [(name, claim, *rest) for (name, *rest), claim in zip(rows, claims, strict=True)]
+    if missed:
+        clocks = (as_seconds(c["clock_s"]) for c in (emulated, measured))
+        cells.insert(2, ("clock when the run ended", "-", *clocks))
+    widths = [max(len(row[i]) for row in cells) for i in range(4)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return lines
+
+
+def _record(record: Record) -> str:
+    parts = [f"{record.seconds:g} s", f"{record.chips:,} x {record.chip}", record.system]
+    if record.global_batch:
+        parts.append(f"batch {as_count(record.global_batch)}")
+    if record.epochs:
+        parts.append(f"{as_number(record.epochs)} epochs")
+    if record.reached_top1:
+        parts.append(f"{record.reached_top1:g} % top-1")
+    elif record.target_top1:
+        parts.append(f"target {record.target_top1:g} %")
+    return ", ".join(parts)
+
+
+def _wrap(text: str, indent: str = "") -> list[str]:
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.wrap(text, WIDTH, subsequent_indent=indent, **options)
+
+
+def _bullets(texts) -> list[str]:
+    return [line for text in texts for line in _wrap(f"- {text}", "  ")]
+
+
+# ---- reading a run folder ----
+
+
+def _read_config(run_dir: Path) -> dict:
+    import yaml
+
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        problem = "it has no config.yaml" if run_dir.is_dir() else "there is no such folder"
+        raise ValueError(f"{run_dir}: not a run folder, {problem}; give a folder that a training run made")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    if not isinstance(config, dict) or "experiment" not in config:
+        raise ValueError(f"{path}: not the configuration of a run; give a folder that a training run made")
+    return config
+
+
+def _read_json(path: Path) -> dict | None:
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object; restore or remove the file")
+    return value
+
+
+def _unfinished(run_dir: Path) -> dict:
+    """What the metrics say of a run that wrote no result: it still runs, or was killed."""
+    result: dict = {"status": "unfinished", "reached": False}
+    for row in read_rows(run_dir):
+        result |= {"steps": row["step"], **{key: row[key] for key in ("epoch", "measured_s", "emulated_s")}}
+        result["top1"] = row["values"].get("eval/top1", result.get("top1"))
+    return {**result, "epochs": result.get("epoch")}
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        print("usage: python -m train.report RUN [RUN ...]   (folders that training runs made)")
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    try:
+        print(report(arguments).text, end="")
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
