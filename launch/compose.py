@@ -9,7 +9,6 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,7 @@ def _compose(overrides: list[str], experiment: str | None) -> dict:
         del composed["hydra"]
         config: dict = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except MissingConfigException as error:
-        raise _missing_option(error) from error
+        raise _missing_option(error.missing_cfg_file or "", overrides) from error
     except OmegaConfBaseException as error:
         raise ConfigError(error.full_key or "", _first_line(error)) from error
     except YAMLError as error:
@@ -191,12 +190,13 @@ def load_run_config(path: str | Path) -> dict:
         raise ConfigError("", f"{path}: not found; give a run folder that holds a config.yaml")
     try:
         config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("", f"{path}: not YAML: {_first_line(error)}") from error
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError("", f"{path}: no configuration: {_first_line(error)}") from error
+    known = known_targets()
     for key, value in _leaves("", config):
         if isinstance(value, str) and "${" in value:
             raise ConfigError(key, f"{value!r} is no value of a finished configuration ({path})")
-        if key.endswith("_target_") and value not in known_targets():
+        if key.endswith("_target_") and value not in known:
             raise ConfigError(key, f"{value!r} is not one that conf/ names, so it is not run ({path})")
     try:
         check(config)
@@ -236,18 +236,23 @@ def _check_node(path: str, node: dict) -> None:
         raise ConfigError(f"{path}.{missing[0]}", f"is missing: {target} needs {', '.join(missing)}")
 
 
-def _missing_option(error: Exception) -> ConfigError:
+def _missing_option(file: str, overrides: list[str]) -> ConfigError:
     """`mesh=atlas900_1025`, on the command line or in a defaults list."""
-    group, _, option = (error.missing_cfg_file or "").rpartition("/")
-    where = re.match(r"In '([^']+)'", str(error))
-    source = f" (in conf/{where[1]}.yaml)" if where and where[1] != "config" else ""
-    names = groups().get(group, [])
-    return ConfigError("", f"{group}={option}: no such option{nearest(option, names)}{source}")
+    group, _, option = file.rpartition("/")
+    known = groups()
+    what, name, names = ("option", option, known[group]) if group in known else ("group", group, known)
+    problem = f"no such {what}{nearest(name, names)}"
+    if f"{group}={option}" not in overrides:
+        pattern = re.compile(rf"\b{re.escape(group)}: *{re.escape(option)}\b" if group in known else rf"\b{group}\b")
+        places = [path for path in sorted(CONF.glob("**/*.yaml")) if pattern.search(path.read_text(encoding="utf-8"))]
+        problem += "".join(f" (in conf/{path.relative_to(CONF)})" for path in places)
+    return ConfigError(f"{group}={option}", problem)
 
 
 def _origin(key: str, on_command_line: list[str], chosen: dict) -> str:
     """' (in FILE)': who set a key: the command line, the experiment, or the group's option."""
-    if any(key == name or key.startswith(f"{name}.") for name in on_command_line):
+    names = set(on_command_line) - set(groups())
+    if any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in names):
         return " (on the command line)"
     group, _, rest = key.partition(".")
     places = [(name, key) for name in _bases(f"experiment/{chosen.get('experiment')}")]
@@ -266,7 +271,6 @@ def _bases(name: str) -> Iterator[str]:
             yield from _bases(f"{name.partition('/')[0]}/{base}")
 
 
-@cache
 def _plain(name: str) -> dict:
     """A file of conf/ by itself; {} where there is none."""
     from omegaconf import OmegaConf

@@ -1,4 +1,7 @@
-"""`python -m launch.emulate`: what the emulated machine would have needed, beside the claim. Loads neither torch nor Ray."""
+"""`python -m launch.emulate`: what the emulated machine would have needed, beside the claim.
+
+Loads neither torch nor Ray.
+"""
 import json
 import sys
 
@@ -78,11 +81,13 @@ def table(result: dict, published: list[Record]) -> str:
         f"{result['mesh'] + ', ' + result['chip']:<58} {result['chips']:>7,} {result['global_batch_size']:>7,} "
         f"{result['epochs']:>6g} {'':>9} {result['time_to_train_s']:>7.1f} s   {low:.1f} to {high:.1f} s"
     )
-    lines += ["", f"emulated: {result['model']}, {result['collective']} all-reduce in {result['wire_dtype']}, {result['network']}"]
+    how = f"{result['collective']} all-reduce in {result['wire_dtype']}, {result['network']}"
+    lines += ["", f"emulated: {result['model']}, {how}"]
     for key, words in PARTS.items():
         lines.append(f"  {words:<30} {result[key]:>9.3f} s {100 * result[key] / result['time_to_train_s']:>6.1f} %")
     lines += [
-        f"  {'a step':<30} {1e3 * result['step_s']:>9.3f} ms, {result['steps']:,} of them, {result['steps_per_epoch']} an epoch",
+        f"  {'a step':<30} {1e3 * result['step_s']:>9.3f} ms",
+        f"  {'steps':<30} {result['steps']:>9,}, {result['steps_per_epoch']} an epoch",
         f"  {'images/s':<30} {result['images_per_s']:>9,.0f}, {result['images_per_s_per_chip']:,.0f} a chip",
         f"  {'efficiency against one host':<30} {100 * result['scaling_efficiency']:>9.1f} %",
         f"  {'chips with work':<30} {result['active_chips']:>9,} of {result['chips']:,}",

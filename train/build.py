@@ -177,6 +177,7 @@ class Worker:
         callbacks = self._callbacks(run_dir, run.resumed_step) if self.context.rank == 0 else []
         for callback in callbacks:
             callback.on_start(run)
+        self.context.marks["run folder"] = time()
         status = "failed"
         try:
             progress = self.trainer.train(callbacks, lambda progress: self._save(run_dir / "checkpoints", progress))

@@ -1,8 +1,8 @@
 """What happens beside training, on rank 0: rows for the sinks, progress, the MLPerf-format log, the trace.
 
-A callback has four hooks: on_start(run), on_step(StepRecord), on_eval(EvalRecord), on_end(result). `run` has run_dir, config,
-steps_per_epoch, total_steps, num_train, num_eval, chips, global_batch_size and resumed_step.
-"""
+A callback has four hooks: on_start(run), on_step(StepRecord), on_eval(EvalRecord), on_end(result). `run` has run_dir,
+config, steps_per_epoch, total_steps, num_train, num_eval, chips, global_batch_size and resumed_step."""
+
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class MetricsCallback(Callback):
 
 @dataclass(frozen=True)
 class ProgressState:
-    """Where the run stands; images_per_s and eta_s include evaluations and waiting, None until a second step is done."""
+    """Where the run stands; images_per_s and eta_s include evaluations and waiting, None before the second step."""
 
     step: int = 0
     total_steps: int = 0
@@ -63,7 +63,7 @@ class ProgressState:
 
 
 class ProgressCallback(Callback):
-    """Keeps the latest ProgressState in `state`, replaced as a whole, so that another thread may read it at any time."""
+    """Keeps the latest ProgressState in `state`, replaced as a whole: another thread may read it at any time."""
 
     WINDOW = 20  # steps over which the rate is taken
 

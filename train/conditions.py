@@ -2,6 +2,7 @@
 
 Also how numbers are written in reports: seconds, percent, rates, counts.
 """
+
 from dataclasses import dataclass
 
 from train.records import Record
@@ -24,7 +25,9 @@ class Condition:
 
 
 def conditions(config: dict, result: dict, claim: Record) -> list[Condition]:
-    """Every circumstance in which a time of this run and the claim's could differ, from configuration, result and record."""
+    """Every circumstance in which a time of this run and the claim's could differ, from configuration, result and
+    record.
+    """
     data, model = result.get("data") or {}, result.get("model") or {}
     chips, batch, top1 = result.get("chips"), result.get("global_batch_size"), result.get("top1")
     chip, mesh = (config.get("chip") or {}).get("name"), config.get("mesh") or {}
@@ -41,7 +44,11 @@ def conditions(config: dict, result: dict, claim: Record) -> list[Condition]:
     rows = {
         "data set": (_data_set(BENCHMARK), _data_set(data), not same_data),
         "image size": (_px(BENCHMARK), _px(data), data.get("image_size") != BENCHMARK["image_size"]),
-        "classes": (as_count(BENCHMARK["num_classes"]), as_count(data.get("num_classes")), data.get("num_classes") != 1000),
+        "classes": (
+            as_count(BENCHMARK["num_classes"]),
+            as_count(data.get("num_classes")),
+            data.get("num_classes") != 1000,
+        ),
         "model": (
             f"ResNet-50 v1.5, {_model(BENCHMARK_MODEL)}",
             f"ResNet-{model.get('depth', '?')}, {_model(model)}",
@@ -57,20 +64,26 @@ def conditions(config: dict, result: dict, claim: Record) -> list[Condition]:
             f"{as_count(result.get('workers'))} workers on {result.get('device')}; the chips are emulated",
             True,
         ),
-        "global batch": published(claim.global_batch, as_count(claim.global_batch), as_count(batch), claim.global_batch == batch),
+        "global batch": published(
+            claim.global_batch, as_count(claim.global_batch), as_count(batch), claim.global_batch == batch
+        ),
         "epochs": published(
             claim.epochs, as_number(claim.epochs), as_number(result.get("epochs")), claim.epochs == result.get("epochs")
         ),
-        "optimizer": published(claim.optimizer, claim.optimizer, optimizer, optimizer.lower() in claim.optimizer.lower()),
+        "optimizer": published(
+            claim.optimizer, claim.optimizer, optimizer, optimizer.lower() in claim.optimizer.lower()
+        ),
         "precision": published(claim.precision, claim.precision, precisions, precision in claim.precision.lower()),
-        "target": published(target, as_percent(target), as_percent(result.get("target_top1")), target == result.get("target_top1")),
+        "target": published(
+            target, as_percent(target), as_percent(result.get("target_top1")), target == result.get("target_top1")
+        ),
         "accuracy": (
             f"{as_percent(to_fraction(claim.reached_top1))} reached"
             if claim.reached_top1
             else f"{as_percent(target)} stated as reached, no value published"
             if target
             else "not published",
-            f"{as_percent(top1)} on {data.get('name', 'its own data')}, against {as_percent(BENCHMARK_TOP1)} on ImageNet-1k",
+            f"{as_percent(top1)} on {data.get('name', 'its data')}, against {as_percent(BENCHMARK_TOP1)} on ImageNet-1k",
             not (same_data and top1 is not None and top1 >= (target or BENCHMARK_TOP1)),
         ),
         "clock": (
@@ -122,5 +135,3 @@ def as_count(value: int | str | None) -> str:
 
 def _class(node: dict | None) -> str:
     return (node or {}).get("_target_", "").rpartition(".")[2]
-
-

@@ -1,6 +1,7 @@
 """Configuration -> emulated machine: what a step, an evaluation and a whole run would take on the modelled chips."""
 import math
 from collections.abc import Callable
+from typing import Any
 
 from train.comm.plan import Plan
 from train.mesh.chip import Chip
@@ -111,8 +112,14 @@ class Emulator:
 
     def run_time(self) -> RunTime:
         return run_time(
-            self.step(self.global_batch_size), self.eval_s(self.num_eval), self.startup_s, self.steps_per_epoch,
-            self.epochs, self.eval_every, self.eval_offset, self.network.model_error,
+            self.step(self.global_batch_size),
+            self.eval_s(self.num_eval),
+            self.startup_s,
+            self.steps_per_epoch,
+            self.epochs,
+            self.eval_every,
+            self.eval_offset,
+            self.network.model_error,
         )
 
     def run(self) -> dict:
@@ -120,9 +127,8 @@ class Emulator:
         step, run = self.step(self.global_batch_size), self.run_time()
         rate = self.global_batch_size / step.step_s
         per_chip = rate / self.mesh.num_chips
-        one_host = self.mesh.chips_per_host
         images = math.ceil(self.global_batch_size / self.mesh.num_chips)
-        host_per_chip = images / self._step(images, min(one_host, self.active_chips)).step_s
+        host_per_chip = images / self._step(images, min(self.mesh.chips_per_host, self.active_chips)).step_s
         return {
             "label": "emulated",
             "time_to_train_s": run.time_to_train_s,
@@ -161,7 +167,7 @@ class Emulator:
         links = [origin for link in self.mesh.topology.link_classes for origin in link.origins()]
         table = "derived: layer table, 2 x multiply-adds of convolutions and classifier"
         return self.chip.origins(self.precision) + [
-            Origin("chip.sustained", self.sustained_flops / 1e12, "TFLOP/s", "derived: ResNet-50's FLOPs / chip.per_image"),
+            Origin("chip.sustained", self.sustained_flops / 1e12, "TFLOP/s", "derived: FLOPs / chip.per_image"),
             *links,
             Origin("model.training_flops", self.workload.training_flops / 1e9, "GFLOP an image", table),
             Origin("model.parameters", self.workload.parameters, "gradients", "derived: layer table"),
@@ -183,14 +189,20 @@ class Emulator:
                 f"({self._work:.3g} of them an image), with the same fixed time a step"
             )
         if idle:
-            notes.append(f"{idle:,} of {self.mesh.num_chips:,} chips get no image at a global batch of "
-                         f"{self.global_batch_size:,} and stand idle")
+            notes.append(
+                f"{idle:,} of {self.mesh.num_chips:,} chips get no image at a global batch of "
+                f"{self.global_batch_size:,} and stand idle"
+            )
         elif self.global_batch_size % self.mesh.num_chips:
-            notes.append(f"a global batch of {self.global_batch_size:,} does not divide by {self.mesh.num_chips:,} chips: "
-                         "the fullest chip sets the pace")
+            notes.append(
+                f"a global batch of {self.global_batch_size:,} does not divide by {self.mesh.num_chips:,} chips: "
+                "the fullest chip sets the pace"
+            )
         if self.global_batch_size > LARGEST_REFERENCE_BATCH:
-            notes.append(f"a global batch of {self.global_batch_size:,} is beyond the convergence table "
-                         f"(up to {LARGEST_REFERENCE_BATCH:,}): the epochs are no longer backed by it")
+            notes.append(
+                f"a global batch of {self.global_batch_size:,} is beyond the convergence table "
+                f"(up to {LARGEST_REFERENCE_BATCH:,}): the epochs are no longer backed by it"
+            )
         sources = dict.fromkeys(a.get("source", "") for a in self.chip.anchors if a["precision"] == self.precision)
         if len(sources) > 1:
             notes.append(f"rates of {self.chip.name} come from different software: " + "; ".join(sources))
@@ -210,18 +222,15 @@ def build(
 ) -> Emulator:
     """The emulator of a composed configuration (see train/config).
 
-    num_train, num_eval, num_classes: of the opened data set, where there is one; else the data node's or the published ones.
+    num_train, num_eval, num_classes: of the opened data set, where there is one; else the data node's or published.
     precision: dtype of the emulated chips; None is that of their published rates, whatever this machine computes in.
     """
-    from hydra.utils import instantiate
-
-    mesh, chip, collective, network = (
-        instantiate(config[group], _convert_="all") for group in ("mesh", "chip", "collective", "network")
-    )
+    mesh, chip, collective, network = (_made(config[group]) for group in ("mesh", "chip", "collective", "network"))
     data, model, notes = config["data"], config["model"], []
     if not str(model.get("_target_", "")).endswith(".resnet"):
         raise ValueError(
-            f"model._target_={model.get('_target_')}: only train.models.resnet.resnet has a workload table; use one of its models"
+            f"model._target_={model.get('_target_')}: only train.models.resnet.resnet has a workload table; "
+            "use one of its models"
         )
     opened = num_train is not None and num_eval is not None
     name = str(data.get("_target_", "")).split(".")[-2:-1]
@@ -254,6 +263,20 @@ def build(
     )
 
 
+def _made(node: dict) -> Any:
+    """The object of a node with a `_target_`; a constructor's own ValueError comes through as it is."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ValueError):
+            cause = cause.__cause__
+        raise cause or error from None
+
+
 def _global_batch_size(config: dict, num_chips: int, notes: list[str]) -> int:
     chip, total = config.get("chip_batch_size"), config.get("global_batch_size")
     for key, value in {"chip_batch_size": chip, "global_batch_size": total}.items():
@@ -267,9 +290,13 @@ def _global_batch_size(config: dict, num_chips: int, notes: list[str]) -> int:
     if chip is None and total is None:
         raise ValueError("chip_batch_size and global_batch_size are both null: give one of the two")
     if chip is not None and total is not None and chip * num_chips != total:
-        raise ValueError(f"global_batch_size={total} is not chip_batch_size={chip} x {num_chips} chips: set one to null")
+        raise ValueError(
+            f"global_batch_size={total} is not chip_batch_size={chip} x {num_chips} chips: set one to null"
+        )
     if total is None and chip * num_chips > LARGEST_REFERENCE_BATCH:
-        notes.append(f"global batch kept at {LARGEST_REFERENCE_BATCH:,}, the largest reference point of convergence "
-                     f"({chip} images on each of {num_chips:,} chips would be {chip * num_chips:,}); scaling=weak lifts this")
+        notes.append(
+            f"global batch kept at {LARGEST_REFERENCE_BATCH:,}, the largest reference point of convergence "
+            f"({chip} images on each of {num_chips:,} chips would be {chip * num_chips:,}); scaling=weak lifts this"
+        )
         return LARGEST_REFERENCE_BATCH
     return total or chip * num_chips

@@ -1,8 +1,9 @@
 """The run as a log in MLPerf's format, on the emulated clock, marked as emulated and as no submission.
 
-Format and keys: mlcommons/logging (mlperf_logging.mllog), training rulesets 3.1.0 and 4.0.0 for resnet. Data other than ImageNet
-is logged for the open division, which asks for no hyperparameters. Evaluations are the measured ones; none is ever made up.
-"""
+Format and keys: mlcommons/logging (mlperf_logging.mllog), training rulesets 3.1.0 and 4.0.0 for resnet. Data other
+than ImageNet is logged for the open division, which asks for no hyperparameters. Evaluations are the measured ones;
+none is ever made up."""
+
 import json
 
 from train.tensorboard import EPOCH
@@ -11,15 +12,15 @@ IMAGENET_SIZES = 1_281_167, 50_000  # training and validation images of ImageNet
 
 
 def lines(run, evals: list[dict], result: dict | None) -> list[str]:
-    """The log so far. `run` as in callbacks, `evals` the rows of kind eval; without `result` the run has not stopped."""
+    """The log so far. `run` as in callbacks, `evals` the rows of kind eval; no `result`: the run has not stopped."""
     return [
-        "# Emulated times: the run_start..run_stop below is the modelled machine's clock. Not an MLPerf result, not submittable.",
+        "# Emulated times: run_start..run_stop is the modelled machine's clock. Not an MLPerf result, not submittable.",
         *(f":::MLLOG {json.dumps(event)}" for event in _events(run, evals, result)),
     ]
 
 
 def _events(run, evals: list[dict], result: dict | None) -> list[dict]:
-    config = run.config
+    chips = f"{run.chips} x {_name(run.config.get('chip'))}, {_name(run.config.get('mesh'))}"
     imagenet = (run.num_train, run.num_eval) == IMAGENET_SIZES
     found = [
         _event(0.0, key, value)
@@ -27,7 +28,7 @@ def _events(run, evals: list[dict], result: dict | None) -> list[dict]:
             "submission_benchmark": "resnet",
             "submission_division": "closed" if imagenet else "open",
             "submission_org": "none: emulated by resnet-record, not a submission",
-            "submission_platform": f"emulated: {run.chips} chips, {_name(config.get('mesh')) or 'mesh'}",
+            "submission_platform": f"emulated: {chips}",
             "submission_status": "research",
             "cache_clear": True,
         }.items()
@@ -98,7 +99,8 @@ def _event(seconds: float, key: str, value=None, type: str = "POINT_IN_TIME", **
 
 
 def _name(node: dict | None) -> str:
-    return (node or {}).get("_target_", "").rpartition(".")[2]
+    node = node or {}
+    return node.get("name") or node.get("_target_", "unnamed").rpartition(".")[2]
 
 
 def _high(epochs) -> float:

@@ -32,6 +32,7 @@ class Record:
 
 
 COLUMNS = tuple(Record.__dataclass_fields__)
+TEXTS = "id system chip interconnect scaling_efficiency precision optimizer clock_includes source".split()
 
 
 def load(path: str | Path = PUBLISHED) -> list[Record]:
@@ -43,7 +44,8 @@ def load(path: str | Path = PUBLISHED) -> list[Record]:
         reader = csv.DictReader(file)
         missing = [column for column in COLUMNS if column not in (reader.fieldnames or [])]
         if missing:
-            raise ValueError(f"{path}, line 1: missing columns {', '.join(missing)}; there must be {', '.join(COLUMNS)}")
+            needed = ", ".join(COLUMNS)
+            raise ValueError(f"{path}, line 1: missing columns {', '.join(missing)}; there must be {needed}")
         records, lines = [], {}
         start = reader.line_num + 1
         for row in reader:
@@ -61,7 +63,7 @@ def find(records: list[Record], id: str) -> Record:
     for record in records:
         if record.id == id:
             return record
-    raise ValueError(f"claim.record={id}: no published record has this id; ids are the first column of {PUBLISHED.name}")
+    raise ValueError(f"claim.record={id}: no published record has this id; ids are in {PUBLISHED.name}")
 
 
 def _record(row: dict, where: str) -> Record:
@@ -93,8 +95,7 @@ def _record(row: dict, where: str) -> Record:
         raise ValueError(f"{where}: verified={row['verified']!r} must be yes or no")
     words = " " in row["global_batch"].strip()
     return Record(
-        **{name: row[name] for name in ("id", "system", "chip", "interconnect", "scaling_efficiency", "precision",
-                                        "optimizer", "clock_includes", "source")},
+        **{name: row[name] for name in TEXTS},
         chips=whole("chips", needed=True),
         global_batch=row["global_batch"] if words else whole("global_batch"),
         epochs=number("epochs", 0),

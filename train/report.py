@@ -1,8 +1,9 @@
 """Run folders and published records -> report.md and report.json: claimed, emulated and measured side by side.
 
-What was computed (accuracy, images per second here) is measured; what the modelled machine would have shown is emulated; what
-others published is claimed. Nothing is reported that was not reached: without the target there is no time to target.
-"""
+What was computed (accuracy, images per second here) is measured; what the modelled machine would have shown is
+emulated; what others published is claimed. Nothing is reported that was not reached: without the target there is no
+time to target."""
+
 import json
 import sys
 import textwrap
@@ -14,6 +15,8 @@ from train.metrics import read_rows, write_aside
 from train.records import Record, find, load
 
 WIDTH = 100
+
+
 @dataclass(frozen=True)
 class RunReport:
     run_dir: Path
@@ -127,14 +130,16 @@ def _images(result: dict) -> int:
 # ---- the text ----
 
 
-def _markdown(data: dict, result: dict, claim: Record | None, neighbours: list[Record], differing: list[Condition]) -> str:
+def _markdown(
+    data: dict, result: dict, claim: Record | None, neighbours: list[Record], differing: list[Condition]
+) -> str:
     lines = [f"# Run {data['run']}", "", *_wrap(_outcome(data, result)), ""]
     if data["error"]:
         lines += [*_wrap(f"Error: {data['error']}"), ""]
     lines += [*_table(data), ""]
     lines += _wrap(
-        "Rates are over the whole clock, evaluations included. The emulated clock is a model's; accuracy is not emulated: it "
-        f"was computed here, by {as_count(result.get('workers'))} workers on {result.get('device') or 'unknown devices'}."
+        "Rates are over the whole clock, evaluations included. The emulated clock is a model's; accuracy is not emulated: "
+        f"it was computed here, by {as_count(result.get('workers'))} workers on {result.get('device') or 'unknown'}."
     )
     if claim:
         lines += ["", *_wrap(f"Claim: {_record(claim)}. Source: {claim.source}.")]
@@ -149,7 +154,12 @@ def _markdown(data: dict, result: dict, claim: Record | None, neighbours: list[R
     if data["notes"]:
         lines += ["", "## What the emulated clock assumes", "", *_bullets(data["notes"])]
     if data["contract"]:
-        lines += ["", "## Numerics contract", "", *_bullets(f"{key}: {value}" for key, value in data["contract"].items())]
+        lines += [
+            "",
+            "## Numerics contract",
+            "",
+            *_bullets(f"{key}: {value}" for key, value in data["contract"].items()),
+        ]
     if data["first_step"]:
         total = data["time_to_first_step_s"]
         lines += ["", f"## First training step{f' after {total:.1f} s' if total is not None else ''}", ""]
@@ -203,7 +213,9 @@ def _table(data: dict) -> list[str]:
         clocks = (as_seconds(c["clock_s"]) for c in (emulated, measured))
         cells.insert(2, ("clock when the run ended", "-", *clocks))
     widths = [max(len(row[i]) for row in cells) for i in range(4)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return lines
 

@@ -1,16 +1,17 @@
 """Rows as TensorBoard runs on two clocks, and published records as runs beside them.
 
-`tb/measured` carries real wall times, `tb/emulated` EPOCH + emulated seconds, so the relative axis of the browser runs on the
-emulated cluster's time. That axis prints hours; the tags of the group `clock/` therefore have the milliseconds of their own
-clock as step. Every event has an explicit wall time, for which tensorboard's event writer is used directly; values are float32.
-TensorBoard shows 1,000 points of a tag unless started with --samples_per_plugin scalars=0; metrics.jsonl has all.
-"""
+`tb/measured` carries real wall times, `tb/emulated` EPOCH + emulated seconds, so the relative axis of the browser
+runs on the emulated cluster's time. That axis prints hours; the tags of the group `clock/` therefore have the
+milliseconds of their own clock as step. Every event has an explicit wall time, for which tensorboard's event writer
+is used directly; values are float32. TensorBoard shows 1,000 points of a tag unless started with --samples_per_plugin
+scalars=0; metrics.jsonl has all."""
+
 import json
 import os
 import shutil
 from pathlib import Path
 
-EPOCH = 1_700_000_000  # Unix seconds at which every emulated clock stands at 0 (14 November 2023); only differences mean anything
+EPOCH = 1_700_000_000  # Unix seconds at which every emulated clock stands at 0 (14 November 2023), by choice
 FLUSH_S = 2  # a value is on disk so many seconds after its step; the browser's own reload adds 5
 
 # value of a row -> tag whose step is the clock's milliseconds; {clock} is emulated or measured
@@ -63,7 +64,11 @@ class TensorBoardSink:
             self._lines[CLAIM_TARGET_TAG] = claim.target_top1 / 100  # records are in percent
         self._lines = {tag: value for tag, value in self._lines.items() if value is not None}
         for clock in self._clocks:
-            self._add(clock, 0, [_text("config", "```json\n" + json.dumps(config, indent=2, default=str) + "\n```"), _layout()])
+            self._add(
+                clock,
+                0,
+                [_text("config", "```json\n" + json.dumps(config, indent=2, default=str) + "\n```"), _layout()],
+            )
         self._add("emulated", 0, [_scalar(tag, value) for tag, value in self._lines.items()])
         self._add("emulated", 0, _hparams(config, run_dir.name, started_at_wall))
         self.flush()
@@ -104,12 +109,12 @@ class TensorBoardSink:
 
 
 def write_reference_runs(run_root: str | Path, records: list) -> None:
-    """Published records as runs under <run_root>/reference/<record id>, written once: one point each, where the record ends.
+    """Published records as runs under <run_root>/reference/<record id>, written once: one point each, where the
+    record ends.
 
-    The point is the top-1 the record states as reached, else its target (the text says which), at its published seconds; a
-    record without either has no point. `clock/eval_top1` has it at its milliseconds; `eval/top1` at step 0, since
-    published results come without a count of steps that this project could compare.
-    """
+    The point is the top-1 the record states as reached, else its target (the text says which), at its published
+    seconds; a record without either has no point. `clock/eval_top1` has it at its milliseconds; `eval/top1` at step
+    0, since published results come without a count of steps that this project could compare."""
     for record in records:
         folder = Path(run_root) / "reference" / record.id
         if folder.parent.name != "reference" or Path(record.id).name != record.id:
@@ -191,7 +196,9 @@ def _layout():
         Category(
             title=title,
             chart=[
-                Chart(title=name, multiline=MultilineChartContent(tag=[f"{tag}$" for tag in tags]))  # regular expressions
+                Chart(
+                    title=name, multiline=MultilineChartContent(tag=[f"{tag}$" for tag in tags])
+                )  # regular expressions
                 for name, tags in charts.items()
             ],
         )
@@ -210,7 +217,7 @@ def _hparams_value(tag: str, **content):
 
 
 def _hparams(config: dict, run_name: str, started_at_wall: float) -> list:
-    """The table of runs: the configuration's scalars and the class or function that each group names."""
+    """The table of runs: the configuration's scalars, and of each group its name, record, or class."""
     from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
     start = plugin_data_pb2.SessionStartInfo(group_name=run_name, start_time_secs=started_at_wall)
@@ -219,7 +226,7 @@ def _hparams(config: dict, run_name: str, started_at_wall: float) -> list:
         if name in NOT_HPARAMS:
             continue
         if isinstance(value, dict):
-            value = str(value.get("_target_", "")).rpartition(".")[2]
+            value = value.get("name") or value.get("record") or value.get("_target_", "").rpartition(".")[2]
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             if value in (None, ""):
                 continue

@@ -1,8 +1,9 @@
 """A run as a trace in Chrome's event format (opens in Perfetto): the emulated machine's lanes and this machine's.
 
-Format: "Trace Event Format", complete events (ph X, microseconds) and name metadata (ph M). Only the first and the last
-NUM_STEPS steps and the evaluations are drawn. Durations are those of the rows; inside a step the order of the parts is schematic.
-"""
+Format: "Trace Event Format", complete events (ph X, microseconds) and name metadata (ph M). Only the first and the
+last NUM_STEPS steps and the evaluations are drawn. Durations are those of the rows; inside a step the order of the
+parts is schematic."""
+
 import json
 
 NUM_STEPS = 20
@@ -67,7 +68,9 @@ def _process(process: int, name: str, lanes: dict[str, str]) -> list[dict]:
     named = [{"ph": "M", "pid": process, "tid": 0, "name": "process_name", "args": {"name": name}}]
     for thread, lane in enumerate(lanes.values(), 1):
         named.append({"ph": "M", "pid": process, "tid": thread, "name": "thread_name", "args": {"name": lane}})
-        named.append({"ph": "M", "pid": process, "tid": thread, "name": "thread_sort_index", "args": {"sort_index": thread}})
+        named.append(
+            {"ph": "M", "pid": process, "tid": thread, "name": "thread_sort_index", "args": {"sort_index": thread}}
+        )
     return named
 
 

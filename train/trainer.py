@@ -1,8 +1,8 @@
 """The training loop of one worker: evaluate, save, stop?, step, log.
 
-A worker holds consecutive chips of the mesh. It goes through them in passes; every pass hands its gradients to the
-aggregator, and the sum over all chips of all workers, divided by the number of chips, is what the optimizer steps with:
-the mean over chips of each chip's mean gradient, as synchronous data parallelism computes it.
+A worker holds consecutive chips of the mesh. It goes through them in passes; every pass hands the gradients of its share of
+the global batch's mean loss to the aggregator, and their sum over all chips of all workers is what the optimizer steps with.
+Chips have equal batches, so that is the mean over chips of each chip's mean gradient, as data parallelism computes it.
 """
 
 import math
@@ -226,14 +226,12 @@ class Trainer:
                 self.gradients.add(chip_pass.first // self.chips_per_block, contribution)
         *sums, outcome = self.gradients.total()
         loss, correct, stop = outcome.tolist()
-        loss /= order.num_chips
         self._agreed_to_stop = stop > 0
         if not math.isfinite(loss):
             raise DivergedError(
                 f"the loss is {loss} at step {progress.step + 1} (learning rate {learning_rate:.4g}); lower schedule.base_lr or "
                 "lengthen schedule.warmup_epochs"
             )
-        torch._foreach_div_(sums, order.num_chips)
         for p, gradient in zip(self.parameters, sums, strict=True):
             p.grad = gradient
         grad_norm = torch.stack(torch._foreach_norm(sums)).norm().item()
@@ -262,12 +260,12 @@ class Trainer:
         )
 
     def _forward_backward(self, chip_pass: ChipPass, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum over the chips of a pass of each chip's mean loss; its gradients are left in the parameters."""
+        """(This pass's share of the global batch's mean loss, correct answers); the gradients are left in the parameters."""
         self.model.chip_pass.first = chip_pass.first - self.first_chip
         self.model.chip_pass.count = chip_pass.count
         logits = self.model(images).float()
         loss = functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
-        loss = loss / self.order.chip_batch_size
+        loss = loss / self.order.global_batch_size
         loss.backward()
         return loss.detach(), (logits.detach().argmax(1) == labels).sum().to(loss.dtype)
 

@@ -62,22 +62,11 @@ class TreeAggregator:
         like = partial[0]
         length = -(-sum(t.numel() for t in like) // world_size)
         mine = [flatten(tensors, length * world_size).view(world_size, length) for tensors in partial]
-        received = {rank: torch.stack([flat[rank] for flat in mine])}
+        nodes = {node: flat[rank] for node, flat in zip(self._nodes[rank], mine, strict=True)}
         for peer in meeting_order(rank, world_size):
-            outgoing = torch.stack([flat[peer] for flat in mine])
-            incoming = outgoing.new_empty((len(self._nodes[peer]), length))
-            if rank < peer:  # one of the two listens first, or both would wait for each other
-                self._group.send(outgoing, peer)
-                self._group.recv(incoming, peer)
-            else:
-                self._group.recv(incoming, peer)
-                self._group.send(outgoing, peer)
-            received[peer] = incoming
-        nodes = {
-            node: row
-            for owner, rows in received.items()
-            for node, row in zip(self._nodes[owner], rows.unbind(), strict=True)
-        }
+            incoming = [torch.empty_like(mine[0][peer]) for _ in self._nodes[peer]]
+            self._group.exchange([flat[peer] for flat in mine], incoming, peer)
+            nodes.update(zip(self._nodes[peer], incoming, strict=True))
         finished = combine(nodes, self._num_blocks, lambda left, right: left.add_(right))
         return unflatten(self._group.all_gather(finished.contiguous()).view(-1), like)
 

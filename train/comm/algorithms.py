@@ -1,7 +1,8 @@
 """All-reduce algorithms: pure functions from a mesh to a plan.
 
-Ring: Patarasuk and Yuan 2009. Halving-doubling: Thakur, Rabenseifner and Gropp 2005; sizes that are no power of two fold
-the surplus first, as HCCL does. Hierarchical: HCCL's scheme on Ascend 910 (rings inside a host, halving-doubling between).
+Ring: Patarasuk and Yuan 2009. Halving-doubling: Thakur, Rabenseifner and Gropp 2005; sizes that are no power of
+two fold the surplus first, as HCCL does. Hierarchical: HCCL's scheme on Ascend 910 (rings inside a host,
+halving-doubling between hosts).
 """
 from collections.abc import Iterator
 from functools import partial
@@ -13,7 +14,10 @@ from train.mesh.mesh import Mesh
 
 
 def ring(mesh: Mesh) -> Plan:
-    """A ring through all chips (within one host: all its rings at once): 2(n - 1) rounds, 2(n - 1)/n of the buffer sent by each chip."""
+    """A ring through all chips (within one host: all its rings at once).
+
+    2(n - 1) rounds, 2(n - 1)/n of the buffer sent by each chip.
+    """
     axes = tuple(mesh.axes)
     return Plan("ring", mesh, (_reduce_scatter(mesh, axes), _all_gather(mesh, axes)) if mesh.num_chips > 1 else ())
 
@@ -28,7 +32,7 @@ def halving_doubling(mesh: Mesh) -> Plan:
 
 
 def hierarchical(mesh: Mesh) -> Plan:
-    """Reduce-scatter in each host on all its rings, halving-doubling between chips of equal index, all-gather in each host."""
+    """Reduce-scatter in each host on its rings, halving-doubling between equal chips, all-gather in each host."""
     return _hierarchical("hierarchical", mesh, [_halving_doubling(mesh, mesh.between_axes, mesh.inside_axes)])
 
 
@@ -55,7 +59,7 @@ def _all_gather(mesh: Mesh, axes: tuple[str, ...], shard_axes: tuple[str, ...] =
 
 
 def _ring_rounds(rings: np.ndarray, reduce: bool) -> Iterator[Round]:
-    """rings [r, n]: each carries every r-th part; position p ends with (reduce) or starts from (copy) parts p*r .. p*r + r-1."""
+    """rings [r, n], each with every r-th part; position p ends with (reduce) or starts from parts p*r .. p*r + r-1."""
     num_rings, size = rings.shape
     source, destination = rings.ravel(), np.roll(rings, -1, axis=1).ravel()
     lane = np.repeat(np.arange(num_rings), size)

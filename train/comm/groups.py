@@ -36,6 +36,9 @@ class Group(Protocol):
 
     def recv(self, tensor: Tensor, source: int) -> None: ...
 
+    def exchange(self, outgoing: list[Tensor], incoming: list[Tensor], peer: int) -> None:
+        """Send and receive at once; the peer calls it with the lists the other way round."""
+
     def subgroup(self, ranks: list[int]) -> "Group | None":
         """The group of some ranks; every rank of this group calls it, and the others get None."""
 
@@ -74,6 +77,9 @@ class SingleGroup:
 
     def recv(self, tensor: Tensor, source: int) -> None:
         raise ValueError(f"a group of one has nobody to receive from (source {source})")
+
+    def exchange(self, outgoing: list[Tensor], incoming: list[Tensor], peer: int) -> None:
+        raise ValueError(f"a group of one has nobody to exchange with (peer {peer})")
 
     def subgroup(self, ranks: list[int]) -> "SingleGroup | None":
         return self if ranks == [0] else None
@@ -137,6 +143,13 @@ class TorchGroup:
 
     def recv(self, tensor: Tensor, source: int) -> None:
         distributed.recv(tensor, self._global_ranks[source], group=self._group)
+
+    def exchange(self, outgoing: list[Tensor], incoming: list[Tensor], peer: int) -> None:
+        other = self._global_ranks[peer]
+        calls = [distributed.P2POp(distributed.isend, tensor, other, self._group) for tensor in outgoing]
+        calls += [distributed.P2POp(distributed.irecv, tensor, other, self._group) for tensor in incoming]
+        for work in distributed.batch_isend_irecv(calls):
+            work.wait()
 
     def subgroup(self, ranks: list[int]) -> "TorchGroup | None":
         process_group = distributed.new_group([self._global_ranks[r] for r in ranks])

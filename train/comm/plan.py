@@ -15,7 +15,7 @@ from train.mesh.mesh import Mesh
 
 
 class Round(NamedTuple):
-    """Transfers [source -> destination] of chunks first..last-1; the receiver adds them (reduce) or takes them (copy)."""
+    """Transfers source -> destination of chunks first..last-1; the receiver adds them (reduce) or takes them."""
 
     source: np.ndarray
     destination: np.ndarray
@@ -57,7 +57,7 @@ class Plan:
             groups = self.mesh.groups(stage.axes)
             groups = groups if all_groups else groups[:1]
             shards = self.mesh.size(stage.shard_axes)
-            shard = self.mesh.positions(stage.shard_axes)[groups[:, 0]] if stage.shard_axes else np.zeros(len(groups), int)
+            shard = self.mesh.positions(stage.shard_axes)[groups[:, 0]]
             per_part = self.num_chunks // (shards * stage.parts)
             offset = (shard * (self.num_chunks // shards))[:, None]
             for turn in stage.rounds():

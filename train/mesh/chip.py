@@ -8,7 +8,8 @@ from train.mesh.origin import Origin, check_positive
 class Chip:
     """A chip and the software that ran on it.
 
-    anchors: published training rates of ResNet-50 v1.5 at 224 px on one chip, each {precision, batch, images_per_s, source}.
+    anchors: published training rates of ResNet-50 v1.5 at 224 px on one chip, each
+      {precision, batch, images_per_s, source}.
     jitter: standard deviation of a chip's step time as a fraction of its compute time.
     bucket_ends: where gradients are cut into buckets, as counts of tensors in backward order.
     startup_s: what the first epoch takes longer than a later one. sources: key -> where its value comes from.
@@ -60,7 +61,7 @@ class Chip:
             return 0.0, float(np.mean(seconds)) / batches[0]
         per_image, fixed = np.polyfit(batches, seconds, 1)
         if fixed < 0 or per_image <= 0:
-            raise ValueError(f"chip {self.name}: its {precision} anchors need a time that falls per image with the batch")
+            raise ValueError(f"chip {self.name}: its {precision} anchors need less time an image at a larger batch")
         return float(fixed), float(per_image)
 
     def seconds(self, images: float, work: float = 1.0, precision: str | None = None) -> float:

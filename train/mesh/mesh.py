@@ -68,13 +68,13 @@ class Mesh:
         return moved.reshape(-1, self.size(axes))
 
     def positions(self, axes: tuple[str, ...]) -> np.ndarray:
-        """[chips]: each chip's position in its group along `axes`."""
+        """[chips]: each chip's position in its group along `axes` (0 without axes)."""
         positions = np.empty(self.num_chips, dtype=np.int64)
         positions[self.groups(axes)] = np.arange(self.size(axes))
         return positions
 
     def rings(self, axes: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-        """Rings (orders of positions) along `axes` that can run at once: the host's own where the axes end in a host."""
+        """Rings (orders of positions) along `axes` that can run at once: the host's own inside it."""
         size, host = self.size(axes), self.chips_per_host
         if axes != tuple(self.axes)[-len(axes):] or size % host:
             return (tuple(range(size)),)

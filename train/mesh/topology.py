@@ -1,7 +1,8 @@
 """Topologies: link classes, and the route between two chips by formula (no list of links is ever built).
 
 An Atlas 900 host is two full meshes of four chips (HCCS), joined by cross links i <-> i + 4 over PCIe; between hosts
-every chip has one 100GE RoCE port on a non-blocking fabric (Huawei Connect, 18 Sep 2019; Hot Chips 31; Huawei Cloud CCE guide).
+every chip has one 100GE RoCE port on a non-blocking fabric (Huawei Connect, 18 Sep 2019; Hot Chips 31; Huawei Cloud
+CCE guide).
 """
 from typing import NamedTuple, Protocol
 

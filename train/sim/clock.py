@@ -1,4 +1,4 @@
-"""The emulated wall clock of a training run: each step and evaluation advances it by what the modelled machine needs."""
+"""The emulated wall clock of a training run: it advances by what the modelled machine needs."""
 from train.sim.step import StepTime
 
 

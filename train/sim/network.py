@@ -1,4 +1,5 @@
-"""Network models: seconds(plan, nbytes). AlphaBeta is the closed form of Hockney 1994: a message costs alpha + bytes / bandwidth."""
+"""Network models: seconds(plan, nbytes). AlphaBeta is Hockney's closed form (1994): a message costs
+alpha + bytes / bandwidth."""
 import numpy as np
 
 from train.comm.plan import Plan
@@ -23,7 +24,8 @@ class AlphaBeta:
     def seconds(self, plan: Plan, nbytes: float, all_groups: bool = False) -> float:
         total, chunk_bytes = 0.0, nbytes / plan.num_chunks
         for turn in plan.rounds(all_groups):
-            total += self._transfers_s(plan, turn.source, turn.destination, (turn.last - turn.first) * chunk_bytes).max()
+            sizes = (turn.last - turn.first) * chunk_bytes
+            total += self._transfers_s(plan, turn.source, turn.destination, sizes).max()
         return float(total)
 
     def _transfers_s(self, plan: Plan, source: np.ndarray, destination: np.ndarray, nbytes: np.ndarray) -> np.ndarray:

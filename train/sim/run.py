@@ -30,7 +30,7 @@ class RunTime:
 
 
 def num_evaluations(epochs: float, every: float, offset: float = 0.0) -> int:
-    """Evaluations of a run that ends with one: at offset (or `every`), then each `every` epochs, the last at the end."""
+    """Evaluations of a run that ends with one: at `offset` (or `every`), then each `every`, the last at the end."""
     first = offset if offset > 0 else every
     return max(0, math.ceil((epochs - first) / every - 1e-9)) + 1
 
@@ -46,7 +46,7 @@ def run_time(
     model_error: float = 0.0,
     quantiles: tuple[float, float] = (0.05, 0.95),
 ) -> RunTime:
-    """epochs: a number, or [low, high] of a uniform distribution. model_error: sigma of a log-normal factor of median 1.
+    """epochs: a number, or [low, high] of a uniform distribution. model_error: sigma of a log-normal factor, median 1.
 
     Quantiles are of the product of the two, by the midpoint rule over the epochs; nothing is sampled.
     """
@@ -82,7 +82,7 @@ def run_time(
 def _quantile(times: np.ndarray, sigma: float, q: float) -> float:
     """Quantile of (one of `times`, all as likely) x exp(sigma x standard normal), by bisection on its distribution."""
     if sigma == 0:
-        return float(np.quantile(times, q))
+        return float(np.quantile(times, q, method="hazen"))
     low, high = np.log(times.min()) - 6 * sigma, np.log(times.max()) + 6 * sigma
     logs = np.log(times)
     for _ in range(50):

@@ -1,7 +1,8 @@
 """One training step on the emulated machine: compute, communication that overlaps the backward pass, the slowest chip.
 
 Gradients are reduced in buckets, in the order the backward pass makes them. One lane computes, one communicates; a
-bucket starts when its last gradient is ready and the bucket before it is done. What outlasts the backward pass is exposed.
+bucket starts when its last gradient is ready and the bucket before it is done. What outlasts the backward pass is
+exposed.
 
     compute  |  forward  |      backward       |
     comm                        | bucket 1 |  | 2 || 3 |
