@@ -105,8 +105,7 @@ def _compose(overrides: list[str], experiment: str | None) -> dict:
     except OmegaConfBaseException as error:
         raise ConfigError(error.full_key or "", _first_line(error)) from error
     except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise ConfigError("", f"not YAML: {' '.join(str(error).split())}" if mark else str(error)) from error
+        raise ConfigError("", " ".join(f"not YAML: {error}".split())) from error
     except HydraException as error:
         raise ConfigError("", _first_line(error.__cause__ or error)) from error
     config["experiment"] = chosen["experiment"]

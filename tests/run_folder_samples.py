@@ -29,11 +29,21 @@ NEIGHBOURS = [records.find(RECORDS, id) for id in NEIGHBOUR_IDS]
 def config(**changes) -> dict:
     """A resolved configuration like the default experiment's."""
     return {
-        "experiment": "digits_atlas", "workers": 2, "threads": 1, "device": "cpu", "precision": "bf16",
+        "experiment": "digits_atlas",
+        "workers": 2,
+        "threads": 1,
+        "device": "cpu",
+        "precision": "bf16",
         "wire_dtype": "fp32",
-        "numerics": "exact", "bn_span": 1, "chip_batch_size": 8, "global_batch_size": 512, "epochs": 4.0,
+        "numerics": "exact",
+        "bn_span": 1,
+        "chip_batch_size": 8,
+        "global_batch_size": 512,
+        "epochs": 4.0,
         "target_top1": 0.97,
-        "seed": 0, "run_root": "runs", "label_smoothing": 0.1,
+        "seed": 0,
+        "run_root": "runs",
+        "label_smoothing": 0.1,
         "mesh": {"_target_": "train.mesh.mesh.Mesh", "name": "Atlas 900", "axes": {"host": 8, "chip": 8}},
         "chip": {"_target_": "train.mesh.chip.Chip", "name": "Ascend 910"},
         "model": {"_target_": "train.models.resnet.resnet", "depth": 50, "stem": "small"},
@@ -42,14 +52,19 @@ def config(**changes) -> dict:
         "schedule": {"_target_": "train.optim.schedule.Cosine", "base_lr": 0.4, "end_lr": 0.0, "warmup_epochs": 1.0},
         "claim": {"record": CLAIM_ID, "neighbours": NEIGHBOUR_IDS},
         **changes,
-    }  # fmt: skip
+    }
 
 
 def run_info(run_dir: Path, config: dict, **changes) -> SimpleNamespace:
     facts = {
-        "steps_per_epoch": STEPS_PER_EPOCH, "total_steps": NUM_STEPS, "num_train": 1437, "num_eval": 360, "chips": 64,
-        "global_batch_size": 512, "resumed_step": 0,
-    }  # fmt: skip
+        "steps_per_epoch": STEPS_PER_EPOCH,
+        "total_steps": NUM_STEPS,
+        "num_train": 1437,
+        "num_eval": 360,
+        "chips": 64,
+        "global_batch_size": 512,
+        "resumed_step": 0,
+    }
     return SimpleNamespace(run_dir=run_dir, config=config, **{**facts, **changes})
 
 
@@ -57,21 +72,39 @@ def result(**changes) -> dict:
     """result.json of the finished run."""
     emulated_s = STARTUP_S + NUM_STEPS * STEP.step_s + len(EVAL_STEPS) * EVAL_S
     return {
-        "status": "done", "error": None, "experiment": "digits_atlas", "top1": 0.9861, "target_top1": 0.97,
+        "status": "done",
+        "error": None,
+        "experiment": "digits_atlas",
+        "top1": 0.9861,
+        "target_top1": 0.97,
         "reached": True,
-        "epochs": 4.0, "steps": NUM_STEPS, "measured_s": 26.0, "wall_s": 31.5, "emulated_s": emulated_s,
+        "epochs": 4.0,
+        "steps": NUM_STEPS,
+        "measured_s": 26.0,
+        "wall_s": 31.5,
+        "emulated_s": emulated_s,
         "images_per_s": 250.0,
-        "chips": 64, "workers": 2, "chip_batch_size": 8, "global_batch_size": 512, "weights_sha256": "ab" * 32,
+        "chips": 64,
+        "workers": 2,
+        "chip_batch_size": 8,
+        "global_batch_size": 512,
+        "weights_sha256": "ab" * 32,
         "restarts": 0,
-        "claim_s": 59.8, "precision": "bf16", "numerics": "exact", "device": "cpu", "threads": 1, "seed": 0,
+        "claim_s": 59.8,
+        "precision": "bf16",
+        "numerics": "exact",
+        "device": "cpu",
+        "threads": 1,
+        "seed": 0,
         "num_train": 1437,
-        "num_eval": 360, "time_to_first_step_s": 7.5, "first_step": {"imports": 1.5, "ray": 2.5, "model": 1.0,
-        "step": 2.5},
+        "num_eval": 360,
+        "time_to_first_step_s": 7.5,
+        "first_step": {"imports": 1.5, "ray": 2.5, "model": 1.0, "step": 2.5},
         "model": {"parameters": 23_528_522, "_target_": "train.models.resnet.resnet", "depth": 50, "stem": "small"},
         "data": {"name": "digits", "num_classes": 10, "image_size": 32, "num_train": 1437, "num_eval": 360},
         "notes": ["links between hosts: assumed 100 Gbit/s", "32 px images: chip rate extrapolated"],
         **changes,
-    }  # fmt: skip
+    }
 
 
 @dataclass
@@ -85,26 +118,41 @@ class Clocked:
         self.measured_s += 2.0
         self.emulated_s += STEP.step_s
         return StepRecord(
-            step=step, epoch=step / STEPS_PER_EPOCH, loss=2.3 / step, top1=1 - 0.9 / step, learning_rate=0.1 * step,
-            grad_norm=1.5, images=512, measured_s=self.measured_s, step_s=1.9, data_wait_s=0.05, comm_s=0.3,
-            emulated_s=self.emulated_s, emulated=STEP,
-        )  # fmt: skip
+            step=step,
+            epoch=step / STEPS_PER_EPOCH,
+            loss=2.3 / step,
+            top1=1 - 0.9 / step,
+            learning_rate=0.1 * step,
+            grad_norm=1.5,
+            images=512,
+            measured_s=self.measured_s,
+            step_s=1.9,
+            data_wait_s=0.05,
+            comm_s=0.3,
+            emulated_s=self.emulated_s,
+            emulated=STEP,
+        )
 
     def evaluation(self, step: int, top1: float) -> EvalRecord:
         self.measured_s += 0.5
         self.emulated_s += EVAL_S
         return EvalRecord(
-            step=step, epoch=step / STEPS_PER_EPOCH, top1=top1, loss=0.1, images=360, seconds=0.5,
-            emulated_eval_s=EVAL_S, measured_s=self.measured_s, emulated_s=self.emulated_s,
-        )  # fmt: skip
+            step=step,
+            epoch=step / STEPS_PER_EPOCH,
+            top1=top1,
+            loss=0.1,
+            images=360,
+            seconds=0.5,
+            emulated_eval_s=EVAL_S,
+            measured_s=self.measured_s,
+            emulated_s=self.emulated_s,
+        )
 
 
 def drive(
     callbacks: list[Callback], run: SimpleNamespace, *, steps: range = range(1, NUM_STEPS + 1), last_top1=0.9861
 ) -> Clocked:
-    """Call the hooks as a trainer does, from the start up to the last of `steps`; hooks before the first of them are
-    skipped.
-    """
+    """Call the hooks as a trainer does; the clocks run from the first step on, the hooks are called in `steps` only."""
     clock = Clocked()
     for callback in callbacks:
         callback.on_start(run)

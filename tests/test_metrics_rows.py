@@ -53,11 +53,12 @@ def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):
     assert list(read_rows(run)) == whole
 
 
-def test_a_broken_line_is_named(tmp_path):
+@pytest.mark.parametrize("broken", ["not json", "3", "{}"])
+def test_a_broken_line_is_named(tmp_path, broken):
     run = make_run(tmp_path / "a")
     path = run / "metrics.jsonl"
-    path.write_text("not json\n" + path.read_text())
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1: not a JSON object"):
+    path.write_text(broken + "\n" + path.read_text())
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1: not a row of metrics"):
         list(read_rows(run))
 
 

@@ -20,14 +20,22 @@ IMAGENET = {
     "steps_per_epoch": 39,
 }
 LARS = {
-    "optim": {"_target_": "train.optim.lars.LARS", "momentum": 0.94, "weight_decay": 2.5e-5, "coefficient": 0.001,
-    "epsilon": 0.0},
+    "optim": {
+        "_target_": "train.optim.lars.LARS",
+        "momentum": 0.94,
+        "weight_decay": 2.5e-5,
+        "coefficient": 0.001,
+        "epsilon": 0.0,
+    },
     "schedule": {
-        "_target_": "train.optim.schedule.Polynomial", "base_lr": 21.2, "end_lr": 0.0001, "power": 2,
+        "_target_": "train.optim.schedule.Polynomial",
+        "base_lr": 21.2,
+        "end_lr": 0.0001,
+        "power": 2,
         "warmup_epochs": 16,
         "decay_epochs": 58.1282,
     },
-}  # fmt: skip
+}
 SGD = {
     "optim": {"_target_": "train.optim.sgd.SGD", "momentum": 0.9, "weight_decay": 5e-5},
     "schedule": {**LARS["schedule"], "base_lr": 0.128, "decay_epochs": None},
@@ -87,14 +95,22 @@ def test_the_compliance_checker_refuses_a_closed_run_short_of_the_target(runs):
 def test_division_and_keys_follow_data_and_optimizer(runs):
     found = {name: values(events(run)) for name, run in runs.items()}
     assert {name: keys["submission_division"] for name, keys in found.items()} == {
-        "digits": "open", "imagenet lars": "closed", "imagenet sgd": "closed", "short of the target": "closed"
-    }  # fmt: skip
+        "digits": "open",
+        "imagenet lars": "closed",
+        "imagenet sgd": "closed",
+        "short of the target": "closed",
+    }
     lars = {key: value for key, value in found["imagenet lars"].items() if key.startswith("lars")}
     assert lars == {
-        "lars_opt_base_learning_rate": 21.2, "lars_opt_end_learning_rate": 0.0001, "lars_epsilon": 0.0,
-        "lars_opt_learning_rate_decay_poly_power": 2, "lars_opt_learning_rate_decay_steps": 2267,
-        "lars_opt_learning_rate_warmup_epochs": 16, "lars_opt_momentum": 0.94, "lars_opt_weight_decay": 2.5e-5,
-    }  # fmt: skip
+        "lars_opt_base_learning_rate": 21.2,
+        "lars_opt_end_learning_rate": 0.0001,
+        "lars_epsilon": 0.0,
+        "lars_opt_learning_rate_decay_poly_power": 2,
+        "lars_opt_learning_rate_decay_steps": 2267,
+        "lars_opt_learning_rate_warmup_epochs": 16,
+        "lars_opt_momentum": 0.94,
+        "lars_opt_weight_decay": 2.5e-5,
+    }
     sgd = found["imagenet sgd"]
     assert sgd["sgd_opt_learning_rate_decay_steps"] == (90 - 16) * 39 and sgd["model_bn_span"] == 32
     assert not any(key.startswith("lars") for key in sgd)

@@ -55,8 +55,16 @@ def test_json_has_the_columns_as_numbers(finished):
 def test_every_condition_of_the_digits_run_differs_from_the_claims(finished):
     differs = {c["name"]: c["differs"] for c in report([finished]).runs[0].data["conditions"]}
     assert {name for name, value in differs.items() if value} == {
-        "data set", "image size", "classes", "model", "chips", "computed by", "target", "accuracy", "clock"
-    }  # fmt: skip
+        "data set",
+        "image size",
+        "classes",
+        "model",
+        "chips",
+        "computed by",
+        "target",
+        "accuracy",
+        "clock",
+    }
     assert {name for name, value in differs.items() if value is None} == {
         "global batch",
         "epochs",
@@ -68,9 +76,15 @@ def test_every_condition_of_the_digits_run_differs_from_the_claims(finished):
 def test_a_run_like_the_record_differs_only_in_what_computed_it_and_the_clock():
     """The neighbour publishes everything: nothing may be left over when all of it is equal."""
     run = result(
-        chips=1024, global_batch_size=32768, epochs=56.0, precision="fp16", top1=0.7601, target_top1=0.759,
-        data=IMAGENET_DATA, model={"depth": 50, "stem": "imagenet", "parameters": 25_557_032},
-    )  # fmt: skip
+        chips=1024,
+        global_batch_size=32768,
+        epochs=56.0,
+        precision="fp16",
+        top1=0.7601,
+        target_top1=0.759,
+        data=IMAGENET_DATA,
+        model={"depth": 50, "stem": "imagenet", "parameters": 25_557_032},
+    )
     equal = config(optim={"_target_": "train.optim.lars.LARS"}, chip={"name": "Ascend 910 Pro A"})
     found = {c.name: c.differs for c in conditions(equal, run, NEIGHBOURS[0])}
     assert {name for name, value in found.items() if value is not False} == {"computed by", "clock"}

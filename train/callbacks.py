@@ -1,7 +1,8 @@
 """What happens beside training, on rank 0: rows for the sinks, progress, the MLPerf-format log, the trace.
 
 A callback has four hooks: on_start(run), on_step(StepRecord), on_eval(EvalRecord), on_end(result). `run` has run_dir,
-config, steps_per_epoch, total_steps, num_train, num_eval, chips, global_batch_size and resumed_step."""
+config, steps_per_epoch, total_steps, num_train, num_eval, chips, global_batch_size and resumed_step.
+"""
 
 import time
 from collections import deque

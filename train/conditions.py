@@ -83,7 +83,7 @@ def conditions(config: dict, result: dict, claim: Record) -> list[Condition]:
             else f"{as_percent(target)} stated as reached, no value published"
             if target
             else "not published",
-            f"{as_percent(top1)} on {data.get('name', 'its data')}, against {as_percent(BENCHMARK_TOP1)} on ImageNet-1k",
+            f"{as_percent(top1)} on {data.get('name')}, against {as_percent(BENCHMARK_TOP1)} on ImageNet-1k",
             not (same_data and top1 is not None and top1 >= (target or BENCHMARK_TOP1)),
         ),
         "clock": (

@@ -1,7 +1,8 @@
 """What a run writes while it trains: rows, the file metrics.jsonl, and the sinks that take a row.
 
 A row is {"kind": "step" | "eval", "step", "epoch", "measured_s", "emulated_s", "values": {tag: float}}. metrics.jsonl
-is the truth; TensorBoard's event files are a view of it and are made anew from it when a run is resumed."""
+is the truth; TensorBoard's event files are a view of it and are made anew from it when a run is resumed.
+"""
 
 import json
 import math
@@ -69,9 +70,7 @@ def _row(kind: str, record, values: dict) -> dict:
 
 
 class JsonlSink:
-    """Appends rows to metrics.jsonl, one JSON object a line, flushed with every row; a value that is not finite is
-    null.
-    """
+    """Appends rows to metrics.jsonl, one JSON object a line, each flushed; a value that is not finite is null."""
 
     def __init__(self, run_dir: str | Path) -> None:
         self._file = open(Path(run_dir) / METRICS_FILE, "a", encoding="utf-8")
@@ -100,11 +99,9 @@ def read_rows(run_dir: str | Path) -> Iterator[dict]:
                 return
             try:
                 row = json.loads(line)
-            except ValueError:
-                raise ValueError(
-                    f"{path}, line {number}: not a JSON object; delete the line or use another run"
-                ) from None
-            row["values"] = {tag: math.nan if value is None else value for tag, value in row["values"].items()}
+                row["values"] = {tag: math.nan if value is None else value for tag, value in row["values"].items()}
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(f"{path}, line {number}: not a row of metrics; delete the line") from None
             yield row
 
 
@@ -130,7 +127,8 @@ def open_sinks(
 
     What an earlier attempt wrote beyond that step is dropped and TensorBoard's files are replayed from the rows kept,
     so no point is there twice. `started_at_wall` (Unix seconds at which the measured clock stood at 0) is by default
-    such that the last row kept lies at the present moment. `claim` is the record whose target is drawn as a line."""
+    such that the last row kept lies at the present moment. `claim` is the record whose target is drawn as a line.
+    """
     rows = truncate(run_dir, resumed_step)
     if started_at_wall is None:
         started_at_wall = time.time() - (rows[-1]["measured_s"] if rows else 0.0)

@@ -2,7 +2,8 @@
 
 Format and keys: mlcommons/logging (mlperf_logging.mllog), training rulesets 3.1.0 and 4.0.0 for resnet. Data other
 than ImageNet is logged for the open division, which asks for no hyperparameters. Evaluations are the measured ones;
-none is ever made up."""
+none is ever made up.
+"""
 
 import json
 

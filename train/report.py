@@ -2,7 +2,8 @@
 
 What was computed (accuracy, images per second here) is measured; what the modelled machine would have shown is
 emulated; what others published is claimed. Nothing is reported that was not reached: without the target there is no
-time to target."""
+time to target.
+"""
 
 import json
 import sys
@@ -138,7 +139,7 @@ def _markdown(
         lines += [*_wrap(f"Error: {data['error']}"), ""]
     lines += [*_table(data), ""]
     lines += _wrap(
-        "Rates are over the whole clock, evaluations included. The emulated clock is a model's; accuracy is not emulated: "
+        "Rates are over the whole clock, evaluations included. The emulated clock is a model's; accuracy is not: "
         f"it was computed here, by {as_count(result.get('workers'))} workers on {result.get('device') or 'unknown'}."
     )
     if claim:

@@ -4,7 +4,8 @@
 runs on the emulated cluster's time. That axis prints hours; the tags of the group `clock/` therefore have the
 milliseconds of their own clock as step. Every event has an explicit wall time, for which tensorboard's event writer
 is used directly; values are float32. TensorBoard shows 1,000 points of a tag unless started with --samples_per_plugin
-scalars=0; metrics.jsonl has all."""
+scalars=0; metrics.jsonl has all.
+"""
 
 import json
 import os
@@ -63,12 +64,9 @@ class TensorBoardSink:
         if claim is not None and claim.target_top1:
             self._lines[CLAIM_TARGET_TAG] = claim.target_top1 / 100  # records are in percent
         self._lines = {tag: value for tag, value in self._lines.items() if value is not None}
+        text = _text("config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```")
         for clock in self._clocks:
-            self._add(
-                clock,
-                0,
-                [_text("config", "```json\n" + json.dumps(config, indent=2, default=str) + "\n```"), _layout()],
-            )
+            self._add(clock, 0, [text, _layout()])
         self._add("emulated", 0, [_scalar(tag, value) for tag, value in self._lines.items()])
         self._add("emulated", 0, _hparams(config, run_dir.name, started_at_wall))
         self.flush()
@@ -109,12 +107,12 @@ class TensorBoardSink:
 
 
 def write_reference_runs(run_root: str | Path, records: list) -> None:
-    """Published records as runs under <run_root>/reference/<record id>, written once: one point each, where the
-    record ends.
+    """Published records as runs under <run_root>/reference/<record id>, written once: one point each, at its end.
 
     The point is the top-1 the record states as reached, else its target (the text says which), at its published
     seconds; a record without either has no point. `clock/eval_top1` has it at its milliseconds; `eval/top1` at step
-    0, since published results come without a count of steps that this project could compare."""
+    0, since published results come without a count of steps that this project could compare.
+    """
     for record in records:
         folder = Path(run_root) / "reference" / record.id
         if folder.parent.name != "reference" or Path(record.id).name != record.id:

@@ -2,7 +2,8 @@
 
 Format: "Trace Event Format", complete events (ph X, microseconds) and name metadata (ph M). Only the first and the
 last NUM_STEPS steps and the evaluations are drawn. Durations are those of the rows; inside a step the order of the
-parts is schematic."""
+parts is schematic.
+"""
 
 import json
 
