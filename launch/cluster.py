@@ -6,9 +6,13 @@ below, meant for laptops, makes it bind to loopback; Ray reads it when it is imp
 
 import json
 import os
+import signal
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import gettempdir
 
 LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 QUIET = {"logging_level": "ERROR", "log_to_driver": False}
@@ -19,40 +23,83 @@ class Cluster:
     """A cluster that this process has joined; `loopback`: all its nodes are this machine, seen on 127.0.0.1."""
 
     address: str | None
-    resources: dict[str, float]
+    nodes: list[dict[str, float]]
+    """What each node has in all."""
     loopback: bool
 
-    def demand(self, needed: dict[str, float]) -> None:
+    @property
+    def resources(self) -> dict[str, float]:
+        return sum((Counter(node) for node in self.nodes), Counter())
+
+    def demand(self, bundles: list[dict[str, float]]) -> None:
         """ValueError where the cluster can't carry all workers together; it names what is lacking."""
+        needed = sum((Counter(bundle) for bundle in bundles), Counter())
         lacking = {name: amount for name, amount in needed.items() if self.resources.get(name, 0) < amount}
         if not lacking:
+            self._demand_room(bundles)
             return
         parts = [f"{amount:g} {name} (there are {self.resources.get(name, 0):g})" for name, amount in lacking.items()]
         chips = {name: int(amount) for name, amount in lacking.items() if name not in ("CPU", "GPU")}
         remedy = "use fewer workers or threads" if "CPU" in lacking else "use fewer workers, or device=cpu"
         if chips:
             remedy = f"start its nodes with --resources='{json.dumps(chips)}' shared among them, whole hosts on each"
-        raise ValueError(f"cluster.address={self.address}: the cluster lacks {', '.join(parts)}; {remedy}")
+        raise ValueError(f"cluster.address={self.address or 'null'}: the cluster lacks {', '.join(parts)}; {remedy}")
+
+    def _demand_room(self, bundles: list[dict[str, float]]) -> None:
+        """A worker is never split between nodes."""
+        for bundle in bundles:
+            if not any(all(node.get(name, 0) >= bundle[name] for name in bundle) for node in self.nodes):
+                spelt = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+                raise ValueError(
+                    f"workers={len(bundles)}: no node of the cluster has {spelt}, which one worker needs; "
+                    "use more workers, so that each carries fewer hosts, or fewer threads"
+                )
 
 
 @contextmanager
 def join(settings: dict, chips: dict[str, int], num_cpus: int) -> Iterator[Cluster]:
     """Start Ray here, offering the `chips` and at least `num_cpus` (address null), or join a running cluster."""
     address = settings["address"]
-    if address is None and not settings["expose"]:
+    if not settings["expose"] and (address is None or _on_loopback(address)):
         os.environ[LOOPBACK_VARIABLE] = "0"
     import ray
 
-    if address is None:
-        cpus = max(num_cpus, os.cpu_count() or 1)
-        ray.init(address="local", num_cpus=cpus, resources=chips, include_dashboard=False, **QUIET)
-    else:
-        _connect(address)
     try:
-        addresses = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
-        yield Cluster(address, ray.cluster_resources(), loopback=all(a.startswith("127.") for a in addresses))
+        if address is None:
+            cpus = max(num_cpus, os.cpu_count() or 1)
+            with _interrupts_deferred():
+                ray.init(address="local", num_cpus=cpus, resources=chips, include_dashboard=False, **QUIET)
+        else:
+            _connect(address)
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        loopback = all(node["NodeManagerAddress"].startswith("127.") for node in nodes)
+        yield Cluster(address, [node["Resources"] for node in nodes], loopback)
     finally:
         ray.shutdown()
+
+
+def _on_loopback(address: str) -> bool:
+    """Whether a cluster lies on this machine's loopback; `auto` is looked up where Ray does."""
+    if address == "auto":
+        noted = Path(os.environ.get("RAY_TMPDIR") or gettempdir()) / "ray" / "ray_current_cluster"
+        address = os.environ.get("RAY_ADDRESS") or (noted.read_text() if noted.exists() else "")
+    return address.startswith(("127.", "localhost"))
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """SIGINT and SIGTERM count once Ray stands: half started, it would leave processes behind for a minute."""
+    asked: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda received, _: asked.append(received))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def _connect(address: str) -> None:

@@ -15,12 +15,13 @@ class Display:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._console = Console(stderr=True)
-        self._line_at = 0.0
+        self._line_at = -LINE_EVERY_S
         self._shown: Any = None
         self._bar = None
         if self._console.is_terminal:
-            columns = "{task.description}", BarColumn(), "{task.completed}/{task.total} steps", TextColumn("{task.fields[state]}")
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console, transient=True)
+            done = "{task.completed}/{task.total} steps"
+            columns = "{task.description}", BarColumn(), done, TextColumn("{task.fields[state]}"), TimeRemainingColumn()
+            self._bar = Progress(*columns, console=self._console, transient=True)
 
     def __enter__(self) -> "Display":
         if self._bar is not None:

@@ -1,4 +1,7 @@
-"""Train: compose, start or join Ray, place the workers, train, report. `python -m launch.run --help` lists what can be set."""
+"""Train: compose, start or join Ray, place the workers, train, report.
+
+`python -m launch.run --help` lists what can be set.
+"""
 
 import time
 
@@ -12,6 +15,7 @@ from launch import compose, run_folder  # noqa: E402
 from launch.cluster import Cluster, join  # noqa: E402
 from launch.console import Display  # noqa: E402
 from launch.worker_group import Request, WorkerFailed, WorkerGroup, started  # noqa: E402
+from train.mesh.mesh import Mesh  # noqa: E402
 
 CORES_PER_AUTO_WORKER = 2
 
@@ -26,20 +30,26 @@ def train(config: dict) -> int:
         config = run_folder.continued(config, folder)
     config = _absolute(config) | {"run": folder.name}
     emulated = emulator.build(config)  # refuses a mesh, a chip or a batch that can't be, before anything is started
-    with join(config["cluster"], {resource_name(emulated.chip.name): emulated.mesh.num_chips}, _cpus(config)) as cluster:
-        marks["Ray"] = time.time()
-        signal.signal(signal.SIGTERM, _interrupt)  # Ray has set its own, which would leave no result
-        requests, device = ask(config, emulated, cluster)
-        with started(requests, cluster.loopback) as group:
-            marks["worker processes"] = time.time()
-            prepared = group.prepare(config, device, marks)
-            return _train(config, folder, checkpoint, group, prepared)
+    _refuse_early(config, emulated.mesh)
+    chips = {resource_name(emulated.chip.name): emulated.mesh.num_chips}
+    try:
+        with join(config["cluster"], chips, _cpus(config)) as cluster:
+            marks["Ray"] = time.time()
+            signal.signal(signal.SIGTERM, _interrupt)  # Ray has set its own, which would leave no result
+            requests, device = ask(config, emulated, cluster)
+            with started(requests, cluster.loopback) as group:
+                marks["worker processes"] = time.time()
+                prepared = group.prepare(config, device, marks)
+                return _train(config, folder, checkpoint, group, prepared)
+    except WorkerFailed as failure:  # before training: there is no run folder that could say so
+        print(f"launch.run: {failure}", file=sys.stderr)
+        return 1
 
 
 def ask(config: dict, emulated, cluster: Cluster) -> tuple[list[Request], str]:
     """What each worker needs of the cluster, and the device they all compute on. ValueError where it can't be had."""
     gpus = int(cluster.resources.get("GPU", 0))
-    cores = int(cluster.resources["CPU"])
+    cores = int(cluster.resources.get("CPU", 0))
     hosts = emulated.mesh.num_hosts
     workers = config["workers"]
     if workers == "auto":
@@ -56,8 +66,7 @@ def ask(config: dict, emulated, cluster: Cluster) -> tuple[list[Request], str]:
     chips, resource = emulated.mesh.chips_per_host, resource_name(emulated.chip.name)
     on_gpu = int(device == "cuda")
     requests = [Request(share, len(share) * chips, resource, threads, on_gpu) for share in shares]
-    needed = {"CPU": threads * workers, resource: emulated.mesh.num_chips}
-    cluster.demand(needed | ({"GPU": workers} if on_gpu else {}))
+    cluster.demand([request.bundle() for request in requests])
     return requests, device
 
 
@@ -73,18 +82,17 @@ def _train(config: dict, folder: Path, checkpoint: Path | None, group: WorkerGro
     from train.tensorboard import write_reference_runs
 
     contract, facts = prepared[0]["contract"], prepared[0]["facts"]
-    before = run_folder.read_json(folder / "env.json")
-    restarts = before.get("restarts", -1) + 1
-    environment = run_folder.environment() | {"contract": contract, "placement": group.placement(), "restarts": restarts}
-    run_folder.create(folder, config, environment)
     records = load()
     claim = find(records, config["claim"]["record"])
-    write_reference_runs(folder.parent, [claim, *(find(records, name) for name in config["claim"]["neighbours"])])
-    print(_opening(folder, contract, facts, group), flush=True)
+    restarts = run_folder.read_json(folder / "env.json").get("restarts", -1) + 1
+    environment = run_folder.environment() | {"contract": contract, "placement": group.placement()}
+    run_folder.create(folder, config, environment | {"restarts": restarts}, resumed=checkpoint is not None)
     result, error = {"status": "failed"}, None
     try:
+        write_reference_runs(folder.parent, [claim, *(find(records, name) for name in config["claim"]["neighbours"])])
+        print(_opening(folder, checkpoint, contract, facts, group), flush=True)
         with Display() as display:
-            result = group.train(str(folder), str(checkpoint) if checkpoint else None, display.update)
+            result = group.train(str(folder), checkpoint, display.update, config["hang_timeout_s"])
     except (WorkerFailed, ValueError) as failure:
         error = str(failure)
     except KeyboardInterrupt:
@@ -115,18 +123,34 @@ def phases(marks: dict[str, float]) -> dict[str, float]:
     return {name: end - begin for (_, begin), (name, end) in zip(ends, ends[1:], strict=False)}
 
 
-def _opening(folder: Path, contract: dict, facts: dict, group: WorkerGroup) -> str:
+def _opening(folder: Path, checkpoint: Path | None, contract: dict, facts: dict, group: WorkerGroup) -> str:
     hosts = "; ".join(f"worker {p['worker']}: hosts {p['hosts'][0]}-{p['hosts'][1]}" for p in group.placement())
+    resumed = [f"resumed  from {checkpoint.name}, with the run's own recipe"] if checkpoint else []
     lines = [
         f"run      {folder}",
-        f"mesh     {facts['chips']} emulated chips, {facts['chip_batch_size']} images each = {facts['global_batch_size']} a step; {hosts}",
-        f"numerics {contract['numerics']}: blocks of {contract['block_chips']} chips, {contract['order']}, {contract['threads']} "
-        f"thread(s) a worker, {contract['precision']} ({contract['precision_reason']}), batch norm over {contract['bn_span_chips']} "
-        f"chip(s), {contract['wire_dtype']}",
+        *resumed,
+        f"mesh     {facts['chips']} emulated chips, {facts['chip_batch_size']} images each = "
+        f"{facts['global_batch_size']} a step; {hosts}",
+        f"numerics {contract['numerics']}: blocks of {contract['block_chips']} chips, {contract['order']}, "
+        f"{contract['threads']} thread(s) a worker, {contract['precision']} ({contract['precision_reason']}), "
+        f"batch norm over {contract['bn_span_chips']} chip(s), {contract['wire_dtype']}",
         *(f"note     {note}" for note in facts["notes"]),
         f"watch    tensorboard --logdir {folder.parent}",
     ]
     return "\n".join(lines)
+
+
+def _refuse_early(config: dict, mesh: Mesh) -> None:
+    """ValueError for what needs neither Ray nor torch to be seen."""
+    from train.data.folder import data_root
+    from train.records import find, load
+
+    if config["workers"] != "auto":
+        mesh.shares(config["workers"])
+    for record in (config["claim"]["record"], *config["claim"]["neighbours"]):
+        find(load(), record)
+    if "root" in config["data"] and config["cluster"]["address"] is None:  # other machines have other folders
+        data_root(config["data"]["root"])
 
 
 def _absolute(config: dict) -> dict:

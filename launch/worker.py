@@ -2,7 +2,8 @@
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import time
 from typing import Any
@@ -12,7 +13,7 @@ class WorkerActor:
     """One worker process. Methods run in several threads, so that `progress` and `stop` answer during `train`."""
 
     def __init__(self, threads: int, loopback: bool) -> None:
-        # before torch is imported: its thread pools and gloo's choice of an interface are fixed at import and at connect
+        # before torch is imported: thread pools and gloo's choice of an interface are fixed at import and at connect
         os.environ["OMP_NUM_THREADS"] = str(threads)
         if loopback:
             os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
@@ -21,37 +22,38 @@ class WorkerActor:
         self._listener: socket.socket | None = None
 
     def address(self) -> dict:
-        """Where this worker runs, and the port on which it can offer the group's store."""
+        """Where this worker runs."""
         import ray
 
-        context = ray.get_runtime_context()
+        return {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
+
+    def offer_store(self) -> tuple[str, int]:
+        """Host and port of the group's store, which this worker will hold; only rank 0 is asked."""
+        import ray
+
         host = "127.0.0.1" if self._loopback else ray.util.get_node_ip_address()
         self._listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         self._listener.bind((host, 0))
         self._listener.listen()
-        return {
-            "node": context.get_node_id(),
-            "host": host,
-            "port": self._listener.getsockname()[1],
-            "pid": os.getpid(),
-            "gpus": ray.get_gpu_ids(),
-            "started": time(),
-        }
+        return host, self._listener.getsockname()[1]
 
-    def prepare(self, config: dict, rank: int, world_size: int, device: str, store: tuple[str, int], marks: dict) -> dict:
+    def prepare(
+        self, config: dict, rank: int, world_size: int, device: str, store: tuple[str, int], marks: dict
+    ) -> dict:
         """Build everything; returns what the worker knows of the run. ValueError where the input is wrong."""
-        from train.build import Worker, WorkerContext
+        with _plain_errors():
+            from train.build import Worker, WorkerContext
 
-        context = WorkerContext(
-            rank=rank,
-            world_size=world_size,
-            device=device,
-            threads=self._threads,
-            store=self._store(store, rank, world_size) if world_size > 1 else None,
-            marks=dict(marks),
-        )
-        self._worker = Worker(config, context)
-        return {"contract": self._worker.contract(), "facts": self._worker.describe()}
+            context = WorkerContext(
+                rank=rank,
+                world_size=world_size,
+                device=device,
+                threads=self._threads,
+                store=self._store(store, rank, world_size) if world_size > 1 else None,
+                marks=dict(marks),
+            )
+            self._worker = Worker(config, context)
+            return {"contract": self._worker.contract(), "facts": self._worker.describe()}
 
     def _store(self, address: tuple[str, int], rank: int, world_size: int) -> Any:
         from torch.distributed import TCPStore
@@ -65,7 +67,8 @@ class WorkerActor:
         )
 
     def train(self, run_dir: str, resume_from: str | None) -> dict:
-        return self._worker.train(Path(run_dir), Path(resume_from) if resume_from else None)
+        with _plain_errors():
+            return self._worker.train(Path(run_dir), Path(resume_from) if resume_from else None)
 
     def progress(self) -> Any:
         return self._worker.progress_callback.state
@@ -73,6 +76,21 @@ class WorkerActor:
     def stop(self) -> None:
         """Ask all workers to stop together after a step (one asking is enough)."""
         self._worker.trainer.stop_requested.set()
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Errors reach the driver as built-in ones: others may not survive the way, or have it import torch."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error)) from error
+    except OSError as error:
+        if error.filename is None:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        raise ValueError(f"{error.filename}: {error.strerror}") from error
+    except Exception as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 def remote(num_cpus: int, num_gpus: int, resources: dict[str, float], **options: Any) -> Callable[..., Any]:

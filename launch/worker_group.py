@@ -1,21 +1,28 @@
 """All workers of a run: placed with the hosts of the mesh that they carry, prepared, watched, stopped."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from launch import worker
 
 PLACEMENT_TIMEOUT_S = 60.0
-STOP_GRACE_S = 20.0
 POLL_S = 0.2
+LATE_S = 1.0
+"""How long after a first error the workers' other errors are waited for."""
 
 
 class WorkerFailed(RuntimeError):
-    """A worker ended with an error; the message is the worker's own."""
+    """A worker ended with an error; the message is the worker's own, in one line."""
+
+
+class WorkerDied(WorkerFailed):
+    """A worker's process is gone."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,8 @@ class WorkerGroup:
         if not self._placement.wait(PLACEMENT_TIMEOUT_S):
             self.close()
             raise ValueError(
-                f"Ray could not place {len(requests)} workers of {requests[0].bundle()} within {PLACEMENT_TIMEOUT_S:.0f} s: no "
-                "node has room for one of them; use fewer threads, or nodes that offer whole hosts of the mesh"
+                f"workers={len(requests)}: Ray found no room for all of them, {requests[0].bundle()} each, within "
+                f"{PLACEMENT_TIMEOUT_S:.0f} s; wait until the cluster is free, or use fewer threads or other workers"
             )
         for index, request in enumerate(requests):
             strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=index)
@@ -74,23 +81,25 @@ class WorkerGroup:
 
     def prepare(self, config: dict, device: str, marks: dict[str, float]) -> list[dict]:
         """Build every worker; the answers of WorkerActor.prepare, by rank."""
-        store = self.addresses[0]["host"], self.addresses[0]["port"]
-        world_size = len(self.actors)
-        return self._gather(
-            [actor.prepare.remote(config, rank, world_size, device, store, marks) for rank, actor in enumerate(self.actors)]
-        )
+        store = self._gather([self.actors[0].offer_store.remote()])[0]
+        settings = len(self.actors), device, store, marks
+        return self._gather([actor.prepare.remote(config, rank, *settings) for rank, actor in enumerate(self.actors)])
 
-    def train(self, run_dir: str, resume_from: str | None, watch: Callable[[Any], None]) -> dict:
+    def train(
+        self, run_dir: str, resume_from: Path | None, watch: Callable[[Any], None], hang_timeout_s: float
+    ) -> dict:
         """Train to the end; `watch` is called with rank 0's progress several times a second. Returns rank 0's result.
 
         At a KeyboardInterrupt all workers stop after the step at hand and save; a second one ends them at once.
         """
-        running = [actor.train.remote(run_dir, resume_from) for actor in self.actors]
+        checkpoint = str(resume_from) if resume_from else None
+        running = [actor.train.remote(run_dir, checkpoint) for actor in self.actors]
         try:
             return self._gather(running, watch)[0]
         except KeyboardInterrupt:
+            print("stopping after the step at hand, with a checkpoint; again: at once, without", file=sys.stderr)
             self.actors[0].stop.remote()
-            return self._gather(running, watch, deadline=monotonic() + STOP_GRACE_S)[0]
+            return self._gather(running, watch, hang_timeout_s)[0]
 
     def close(self) -> None:
         """End every worker at once and give the resources back."""
@@ -105,57 +114,57 @@ class WorkerGroup:
         return self._gather([getattr(actor, method).remote() for actor in self.actors])
 
     def _gather(
-        self, references: list[Any], watch: Callable[[Any], None] | None = None, deadline: float = math.inf
+        self, references: list[Any], watch: Callable[[Any], None] | None = None, timeout_s: float = math.inf
     ) -> list[Any]:
-        """The results of all; as soon as one fails, the error that explains it best."""
-        waiting = list(references)
+        """The results of all (`references` by rank); as soon as one fails, the error that explains it best."""
+        waiting, deadline = references, monotonic() + timeout_s
         while waiting:
-            _, waiting = self._ready(waiting)
+            ready, waiting = self._ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
+            if any(self._failure(reference) for reference in ready):
+                # a worker that dies takes its peers' connections along: give them a moment, then name the root cause
+                late, _ = self._ray.wait(waiting, num_returns=len(waiting), timeout=LATE_S) if waiting else ([], [])
+                ended = {*ready, *late}
+                failures = [self._failure(one, rank) for rank, one in enumerate(references) if one in ended]
+                raise min(filter(None, failures), key=_rank_of_cause)
             if waiting and monotonic() > deadline:
-                raise WorkerFailed(f"the workers did not stop within {STOP_GRACE_S:.0f} s")
-            if watch is not None and waiting:
-                ready, _ = self._ray.wait([self.actors[0].progress.remote()], timeout=POLL_S)
-                if ready and not self._failed(ready[0]):
-                    watch(self._ray.get(ready[0]))
+                raise WorkerFailed(f"the workers did not stop within hang_timeout_s={timeout_s:g}")
+            if waiting and watch is not None:
+                progress = self.actors[0].progress.remote()
+                answered, _ = self._ray.wait([progress], timeout=POLL_S)
+                if answered and not self._failure(progress):
+                    watch(self._ray.get(progress))
         return self._ray.get(references)
 
-    def _ready(self, waiting: list[Any]) -> tuple[list[Any], list[Any]]:
-        ready, rest = self._ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
-        failures = [error for reference in ready if (error := self._failed(reference))]
-        if failures:
-            # a worker that dies takes its peers' connections along: give the others a moment, then name the root cause
-            late, _ = self._ray.wait(rest, num_returns=len(rest), timeout=1.0) if rest else ([], [])
-            failures += [error for reference in late if (error := self._failed(reference))]
-            raise min(failures, key=_rank_of_cause)
-        return ready, rest
-
-    def _failed(self, reference: Any) -> Exception | None:
+    def _failure(self, reference: Any, rank: int = 0) -> Exception | None:
+        """What went wrong in a finished call of a worker."""
         from ray.exceptions import RayActorError, RayTaskError
 
         try:
             self._ray.get(reference)
         except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, ValueError):
-                return cause
-            return WorkerFailed(f"{type(cause).__name__}: {cause}")
+            text = " ".join(str(error.cause).split())
+            return ValueError(text) if isinstance(error.cause, ValueError) else WorkerFailed(text)
         except RayActorError as error:
-            return WorkerFailed(_death(str(error)))
+            hosts = self.requests[rank].hosts
+            return WorkerDied(f"worker {rank} (hosts {hosts.start}-{hosts.stop - 1}) died: {_death(str(error))}")
         return None
 
 
 def _rank_of_cause(error: Exception) -> int:
-    """The most telling error first: wrong input, the worker's own error or its death, then a peer's lost connection."""
+    """The most telling error first: wrong input, a death, a worker's own error, then a peer's lost connection."""
     if isinstance(error, ValueError):
         return 0
+    if isinstance(error, WorkerDied):
+        return 1
     lost = ("onnection", "peer", "timed out", "ncclRemoteError", "socket")
-    return 2 if any(word in str(error) for word in lost) else 1
+    return 3 if any(word in str(error) for word in lost) else 2
 
 
 def _death(text: str) -> str:
     """Ray's account of an actor's death without its identifiers."""
-    kept = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(("class_name", "actor_id"))]
-    return "a worker process died: " + " ".join(kept)[:500]
+    names = ("class_name:", "actor_id:", "pid:", "namespace:", "ip:")
+    lines = [line.strip() for line in text.splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(names))[:500]
 
 
 @contextmanager

@@ -1,6 +1,15 @@
-"""Says at the end of every test run what was left out: each skip with its reason, each mark with its count."""
+"""Says at the end of every test run what was left out: each skip with its reason, each mark with its count.
 
+And the Ray nodes that several tests train on, started once.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +44,26 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def _reason(report: pytest.TestReport) -> str:
     return report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else report.longreprtext
+
+
+@pytest.fixture(scope="session")
+def ray_folder() -> Iterator[Path]:
+    """Where Ray keeps its sessions in tests; its path is short, as Unix sockets need."""
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def ray_nodes(ray_folder: Path) -> Iterator[str]:
+    """The address of four Ray nodes (tests/ray_nodes.py)."""
+    root = Path(__file__).parents[1]
+    nodes = subprocess.Popen(
+        [sys.executable, root / "tests/ray_nodes.py"],
+        env={**os.environ, "PYTHONPATH": str(root), "RAY_TMPDIR": str(ray_folder)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    yield nodes.stdout.readline().strip()
+    nodes.communicate(timeout=60)

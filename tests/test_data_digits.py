@@ -68,9 +68,9 @@ def test_the_affine_maps_stay_in_their_ranges():
     matrix = random_affine(0, 0, np.arange(5000))
     scale = np.sqrt(np.linalg.det(matrix[:, :, :2]))
     turn = np.degrees(np.arctan2(matrix[:, 1, 0], matrix[:, 0, 0]))
-    assert (scale.min(), scale.max()) == (pytest.approx(0.9, abs=1e-3), pytest.approx(1.1, abs=1e-3))
-    assert (turn.min(), turn.max()) == (pytest.approx(-12, abs=0.05), pytest.approx(12, abs=0.05))
-    assert np.abs(matrix[:, :, 2]).max() == pytest.approx(0.25, abs=1e-3)  # an eighth of a width of 2
+    assert (scale.min(), scale.max()) == (pytest.approx(0.95, abs=1e-3), pytest.approx(1.05, abs=1e-3))
+    assert (turn.min(), turn.max()) == (pytest.approx(-8, abs=0.05), pytest.approx(8, abs=0.05))
+    assert np.abs(matrix[:, :, 2]).max() == pytest.approx(0.1, abs=1e-3)  # a twentieth of a width of 2
 
 
 def test_the_grid_is_affine_grids():

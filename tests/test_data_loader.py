@@ -1,5 +1,5 @@
-import itertools
 import threading
+import itertools
 import time
 from types import SimpleNamespace
 
@@ -76,13 +76,12 @@ def test_an_error_of_the_order_arrives_too():
 
 def test_close_joins_the_thread_in_every_state():
     for taken in (0, 1, 4):
-        before = threading.active_count()
         prefetcher = Prefetcher(Numbers(), batches(100, 4), seed=0, depth=1)
         for _ in range(taken):
             next(prefetcher)
         prefetcher.close()
         prefetcher.close()
-        assert threading.active_count() == before
+        assert not prefetcher._thread.is_alive()
         with pytest.raises(StopIteration):
             next(prefetcher)
 

@@ -58,14 +58,12 @@ class Worker:
     """One worker, ready to train. ValueError where the configuration can't be trained; nothing is written before `train`."""
 
     def __init__(self, config: dict, context: WorkerContext) -> None:
-        from hydra.utils import instantiate
-
         self.config, self.context = config, context
         context.marks["import"] = time()
         torch.set_num_threads(context.threads)
         self.device = choose_device(context.device)
         self.precision = choose_precision(config["precision"], self.device)
-        self.source = instantiate(config["data"])
+        self.source = _made(config["data"])
         self.emulator = emulator.build(
             config,
             num_train=len(self.source.train),
@@ -79,16 +77,14 @@ class Worker:
         shares = mesh.shares(context.world_size)
         self.passes = plan_passes(config, self.emulator.workload, mesh.chips_per_host, shares[context.rank], self.chip_batch_size)
         torch.manual_seed(config["seed"])
-        model_node = config["model"]
-        if model_node["num_classes"] is None:
-            model_node = model_node | {"num_classes": self.source.num_classes}
-        self.model = instantiate(model_node).to(self.device, memory_format=torch.channels_last)
+        model = _made(config["model"], num_classes=num_classes(config, self.source.num_classes))
+        self.model = model.to(self.device, memory_format=torch.channels_last)
         allocate_chips(self.model, len(shares[context.rank]) * mesh.chips_per_host, config["bn_span"])
-        self.optimizer = instantiate(config["optim"], self.model.parameters(), _convert_="all")
+        self.optimizer = _made(config["optim"], self.model.parameters())
         epochs = config["epochs"][-1] if isinstance(config["epochs"], list) else config["epochs"]
-        schedule = instantiate(config["schedule"], epochs=epochs)
+        schedule = _made(config["schedule"], epochs=epochs)
         context.marks["model and data"] = time()
-        self.group = instantiate(
+        self.group = _made(
             config["backend"], rank=context.rank, world_size=context.world_size, store=context.store, device=self.device
         )
         context.marks["group"] = time()
@@ -180,14 +176,14 @@ class Worker:
         self.context.marks["run folder"] = time()
         status = "failed"
         try:
-            progress = self.trainer.train(callbacks, lambda progress: self._save(run_dir / "checkpoints", progress))
+            self.trainer.train(callbacks, lambda progress: self._save(run_dir / "checkpoints", progress))
             status = "interrupted" if self.trainer.stop_requested.is_set() and not self.finished else "done"
         finally:
             result = self._result(status)
             for callback in callbacks:
                 callback.on_end(result)
-            self.group.close() if status != "failed" else None
-        assert progress is self.trainer.progress
+            if status != "failed":
+                self.group.close()
         return result
 
     @property
@@ -286,6 +282,27 @@ class FirstStep(Callback):
 def run_worker(config: dict, context: WorkerContext, run_dir: Path, resume_from: Path | None = None) -> dict:
     """What one worker does: prepare, train, leave."""
     return Worker(config, context).train(run_dir, resume_from)
+
+
+def _made(node: dict, *args: Any, **kwargs: Any) -> Any:
+    """The object of a node with a `_target_`; a constructor's own ValueError comes through as it is."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate(node, *args, _convert_="all", **kwargs)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None
+        raise
+
+
+def num_classes(config: dict, of_data: int) -> int:
+    """The model's classes: those of the data, or more."""
+    given = config["model"]["num_classes"]
+    if given is not None and given < of_data:
+        raise ValueError(f"model.num_classes={given}: the data has {of_data} classes; leave it at null")
+    return given or of_data
 
 
 def chip_batch_size(config: dict, num_chips: int) -> int:

@@ -39,6 +39,7 @@ class Claim:
 class Launch:
     kind: Literal["local", "ray_job"] = key("local: a process of this machine; ray_job: a job of a running Ray head")
     address: str | None = key("ray_job: the head's job server, such as http://127.0.0.1:8265")
+    fetch_to: str = key("action=fetch: folder that the run folder is copied into, under the job's id")
 
 
 @dataclass(frozen=True)

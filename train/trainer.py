@@ -138,7 +138,7 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        steps = math.ceil(self.limits.epochs * self.order.steps_per_epoch)
+        steps = math.ceil(self.limits.epochs * self.order.steps_per_epoch - 1e-9)
         return steps if self.limits.max_steps is None else min(steps, self.limits.max_steps)
 
     def train(self, callbacks: list[Callback], save: Callable[[Progress], None]) -> Progress:

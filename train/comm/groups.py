@@ -94,7 +94,7 @@ class _Done:
 
 
 class TorchGroup:
-    """torch.distributed's own backends; `store` is a c10d store that every rank reaches."""
+    """torch.distributed's own backends; `store` is a c10d store that every rank reaches, new for each group (None: one rank)."""
 
     def __init__(
         self, rank: int, world_size: int, store: Any, device: str, backend: Literal["gloo", "nccl"] = "gloo", timeout_s: float = 600.0
@@ -105,7 +105,7 @@ class TorchGroup:
             raise ValueError("backend=nccl moves GPU memory only, and device=cpu; use backend=gloo or device=cuda")
         distributed.init_process_group(
             backend,
-            store=store,
+            store=distributed.HashStore() if store is None else store,
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
@@ -160,7 +160,9 @@ class TorchGroup:
         return group
 
     def abort(self) -> None:
-        self._group.abort()
+        process_group, self._group = self._group, None
+        process_group.abort()  # NCCL's; gloo has none: its peers notice that the connections close, with the last reference
+        distributed.destroy_process_group(process_group)
 
     def close(self) -> None:
         distributed.destroy_process_group(self._group)

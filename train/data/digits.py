@@ -17,9 +17,9 @@ from train.data.streams import permutation, uniform
 
 HELD_OUT_PER_CLASS = 36  # 360 images for evaluation, 1,437 for training
 SPLIT_SEED = 0  # the split is part of the data set, not of the run
-MAX_SHIFT = 1 / 8  # of the image's width
-MAX_TURN = math.radians(12)
-MAX_ZOOM = 0.1
+MAX_SHIFT = 1 / 20  # of the image's width
+MAX_TURN = math.radians(8)
+MAX_ZOOM = 0.05
 SHIFT_X, SHIFT_Y, TURN, ZOOM = range(4)  # random streams
 
 

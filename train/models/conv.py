@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 MAX_PIXELS_1X1 = 64
-MAX_PIXELS_3X3 = 4
+MAX_PIXELS_3X3 = 16
 
 
 class Conv2d(nn.Conv2d):
@@ -31,7 +31,8 @@ class Conv2d(nn.Conv2d):
     @staticmethod
     def _product(rows: Tensor, weight: Tensor) -> Tensor:
         """[images, height, width, k] x [outputs, k] -> [images, outputs, height, width], channels last."""
-        return functional.linear(rows, weight).permute(0, 3, 1, 2)
+        flat = functional.linear(rows.reshape(-1, rows.shape[3]), weight)  # of four dims, torch may make a batch of products
+        return flat.view(*rows.shape[:3], len(weight)).permute(0, 3, 1, 2)
 
     def _taps(self, images: Tensor, stride: int) -> tuple[Tensor, Tensor]:
         """The pixels under each tap of a 3x3 kernel, beside each other, and the weight in the same order.

@@ -108,6 +108,8 @@ def resnet(
     """
     if depth not in BLOCKS_PER_STAGE:
         raise ValueError(f"model.depth={depth}: there is no such ResNet; use one of {sorted(BLOCKS_PER_STAGE)}")
+    if stem not in ("imagenet", "small"):
+        raise ValueError(f"model.stem={stem}: use imagenet or small")
     if num_classes < 2:
         raise ValueError(f"model.num_classes={num_classes}: at least 2 classes are needed")
     model = ResNet(depth, num_classes, stem, ChipPass())

@@ -9,7 +9,7 @@ from train.optim.parameters import split_by_decay
 
 
 class SGD(torch.optim.SGD):
-    """`torch.optim.SGD` with the recipe's parameter groups; `step()` uses the learning rate that `set_lr` left in the groups."""
+    """`torch.optim.SGD` with the recipe's parameter groups; `step()` uses the learning rate that the trainer left in the groups."""
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 5e-5
@@ -18,6 +18,8 @@ class SGD(torch.optim.SGD):
             raise ValueError(f"optim.momentum={momentum}: momentum lies in [0, 1)")
         if weight_decay < 0:
             raise ValueError(f"optim.weight_decay={weight_decay}: must not be negative")
+        if nesterov and momentum == 0:
+            raise ValueError("optim.nesterov=true: needs optim.momentum above 0; set it, or nesterov to false")
         matrices, vectors = split_by_decay(parameters)
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         super().__init__(groups, lr=0.0, momentum=momentum, nesterov=nesterov, fused=True)

@@ -1,0 +1,138 @@
+"""The command as a user gives it: each test is a process of its own with a Ray of its own."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from launch_samples import TINY, trained_here
+from processes import Command, on_loopback, wait_for
+
+FOLDER = """
+config.yaml env.json metrics.jsonl tb/measured tb/emulated checkpoints mlperf.log trace.json result.json report.md
+report.json
+""".split()
+RESULT = """
+status error experiment top1 target_top1 reached epochs steps measured_s wall_s emulated_s images_per_s chips workers
+chip_batch_size global_batch_size weights_sha256 restarts claim_s precision numerics device threads seed num_train
+num_eval time_to_first_step_s first_step model data notes
+""".split()
+PHASES = ["configuration", "Ray", "worker processes", "import", "model and data", "group", "run folder", "first step"]
+ENDLESS = "epochs=1000"
+AT_ONCE_S = 15.0
+
+Start = Callable[..., Command]
+
+
+@pytest.fixture
+def start(tmp_path: Path, ray_folder: Path) -> Iterator[Start]:
+    """Starts `python -m launch.run` on a tiny run, with run folders in tmp_path/runs; what is left at the end is killed."""
+    commands = []
+
+    def start(*overrides: str) -> Command:
+        where = tmp_path / f"command{len(commands)}"
+        where.mkdir()
+        words = ["launch.run", *TINY, f"run_root={tmp_path / 'runs'}", *overrides]
+        commands.append(Command(words, where, ray_folder))
+        return commands[-1]
+
+    yield start
+    for command in commands:
+        command.end()
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def rows(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def until_it_trains(command: Command, run: Path) -> None:
+    assert wait_for(lambda: rows(run) or command.process.poll() is not None)
+    assert command.process.poll() is None, command.stderr
+
+
+def test_a_run_leaves_its_folder_and_its_report_and_resumes_on_other_workers(start, tmp_path):
+    run = tmp_path / "runs/first"
+    command = start("run=first", "workers=2", "max_steps=2")
+    assert command.wait() == 0, command.stderr
+
+    assert all((run / name).exists() for name in FOLDER), sorted(run.iterdir())
+    assert list((run / "tb/measured").iterdir()) and list((run / "tb/emulated").iterdir())
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000002.pt"]
+    result, environment = read(run / "result.json"), read(run / "env.json")
+    assert set(RESULT) <= set(result)
+    assert (result["status"], result["error"], result["steps"], result["workers"]) == ("done", None, 2, 2)
+    assert result["claim_s"] == 59.8 and result["restarts"] == 0
+    assert list(result["first_step"]) == PHASES and min(result["first_step"].values()) >= 0
+    assert sum(result["first_step"].values()) == pytest.approx(result["time_to_first_step_s"])
+    assert 0 < result["measured_s"] < result["wall_s"]
+    assert {"versions", "contract", "placement", "machine"} <= set(environment)
+    assert [worker["hosts"] for worker in environment["placement"]] == [[0, 3], [4, 7]]
+    assert yaml.safe_load((run / "config.yaml").read_text())["run"] == "first"
+    heading = next(line for line in command.stdout.splitlines() if line.count("|") == 5)
+    assert [cell.strip() for cell in heading.split("|")[2:5]] == ["claimed", "emulated", "measured"]
+    assert (run / "report.md").read_text().strip() in command.stdout
+    assert "Traceback" not in command.stdout + command.stderr
+
+    assert {address for _, address in command.listening if not on_loopback(address)} == set()
+    listeners = {pid for pid, _ in command.listening}
+    assert {worker["pid"] for worker in environment["placement"]} <= listeners
+    assert len(listeners) >= 5  # these two, the raylet, the GCS, the driver
+    assert command.left_over() == []
+
+    again = start("resume=first", "workers=1", "max_steps=4")
+    assert again.wait() == 0, again.stderr
+    assert "resumed  from step_00000002.pt" in again.stdout
+    resumed = read(run / "result.json")
+    assert (resumed["steps"], resumed["workers"], resumed["restarts"]) == (4, 1, 1)
+    assert resumed["weights_sha256"] == trained_here([*TINY, "max_steps=4"], tmp_path / "whole")["weights_sha256"]
+    points = [(row["kind"], row["step"]) for row in rows(run)]
+    assert [step for kind, step in points if kind == "step"] == [1, 2, 3, 4]
+    assert len(points) == len(set(points))
+
+
+def test_ctrl_c_saves_and_resume_auto_goes_on(start, tmp_path):
+    run = tmp_path / "runs/stopped"
+    command = start("run=stopped", "workers=2", ENDLESS)
+    until_it_trains(command, run)
+    os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does: the whole group, Ray's processes too
+    assert command.wait() == 1
+    first = read(run / "result.json")
+    assert (first["status"], first["error"]) == ("interrupted", None)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{first['steps']:08d}.pt"]
+    assert "stopping after the step at hand" in command.stderr and "Traceback" not in command.stderr
+    assert command.left_over() == []
+
+    again = start("resume=auto", "workers=1")
+    assert wait_for(lambda: rows(run)[-1]["step"] > first["steps"] or again.process.poll() is not None)
+    again.process.send_signal(signal.SIGINT)  # this time to the command alone
+    assert again.wait() == 1, again.stderr
+    second = read(run / "result.json")
+    assert second["status"] == "interrupted" and second["steps"] > first["steps"]
+    assert (run / f"checkpoints/step_{second['steps']:08d}.pt").exists()
+    assert "Traceback" not in again.stderr
+    assert again.left_over() == []
+    whole = trained_here([*TINY, ENDLESS, f"max_steps={second['steps']}"], tmp_path / "whole")
+    assert second["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_a_killed_worker_fails_the_run_within_seconds(start, tmp_path):
+    run = tmp_path / "runs/killed"
+    command = start("run=killed", "workers=2", ENDLESS)
+    until_it_trains(command, run)
+    os.kill(read(run / "env.json")["placement"][1]["pid"], signal.SIGKILL)
+    assert wait_for(lambda: command.process.poll() is not None, AT_ONCE_S)
+    assert command.wait() == 1
+    result = read(run / "result.json")
+    assert result["status"] == "failed" and result["error"].startswith("worker 1 (hosts 4-7) died: ")
+    assert result["error"].count("\n") == 0 and result["steps"] >= 1 and result["weights_sha256"] is None
+    assert f"launch.run: the run failed: {result['error']}" in command.stderr.splitlines()
+    assert "Traceback" not in command.stderr
+    assert command.left_over() == []

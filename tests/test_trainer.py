@@ -1,0 +1,222 @@
+"""The training loop, in one process and in two: the same bits however it is cut into workers, stops and resumes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rank_processes import run_ranks
+from torch.distributed import PrefixStore
+from training_samples import STEPS_PER_EPOCH, tiny
+
+from train import checkpoint
+from train.build import Worker, WorkerContext, run_worker
+from train.checkpoint_files import checkpoint_path, list_checkpoints
+from train.metrics import read_rows
+from train.models.chip_norm import chip_moments, evaluation_moments
+from train.sim.run import num_evaluations
+from train.trainer import DivergedError
+
+LARS_BF16 = ("optim=lars", "precision=bf16", "max_steps=1", "schedule.base_lr=2")
+
+
+def train(folder: Path, *overrides: str, resume_from: Path | None = None) -> dict:
+    return run_worker(tiny(*overrides), WorkerContext(), folder, resume_from)
+
+
+def rows(folder: Path, kind: str) -> list[dict]:
+    return [row for row in read_rows(folder) if row["kind"] == kind]
+
+
+def values(folder: Path, kind: str, tag: str) -> list[float]:
+    return [row["values"][tag] for row in rows(folder, kind)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, dict]:
+    """One worker, four steps without a break."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, train(folder)
+
+
+def in_two(rank: int, world_size: int, store, folder: Path) -> list[dict]:
+    def run(name: str, *overrides: str) -> dict:
+        context = WorkerContext(rank=rank, world_size=world_size, store=PrefixStore(name, store))
+        return run_worker(tiny(*overrides), context, folder / name)
+
+    return [run("sgd", f"checkpoint_every={2 / STEPS_PER_EPOCH}"), run("lars", *LARS_BF16)]
+
+
+@pytest.fixture(scope="module")
+def two_workers(tmp_path_factory) -> tuple[Path, list[list[dict]]]:
+    """The same by two workers, of two hosts and of one, with a checkpoint after two steps; and a step of LARS."""
+    folder = tmp_path_factory.mktemp("two")
+    for name in ("sgd", "lars"):
+        (folder / name).mkdir()
+    return folder, run_ranks(2, in_two, folder)
+
+
+def test_the_loss_falls(whole):
+    losses = values(whole[0], "step", "train/loss")
+    assert len(losses) == 4 and sum(losses[2:]) < sum(losses[:2])
+
+
+def test_rows_count_steps_and_epochs(whole):
+    folder, result = whole
+    assert [row["step"] for row in rows(folder, "step")] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows(folder, "eval")] == [2, 4]
+    assert all(row["epoch"] == row["step"] / STEPS_PER_EPOCH for row in read_rows(folder))
+    assert values(folder, "step", "train/learning_rate")[0] == pytest.approx(0.05 / (0.05 * STEPS_PER_EPOCH))
+    assert (result["status"], result["steps"], result["reached"]) == ("done", 4, False)
+    assert result["top1"] == values(folder, "eval", "eval/top1")[-1]
+
+
+def test_both_clocks_run(whole):
+    folder, result = whole
+    worker = Worker(tiny(), WorkerContext())
+    step, clock = worker.emulator.step(48), worker.trainer.clock
+    assert clock.seconds == worker.emulator.startup_s > 0
+    measured = [row["measured_s"] for row in read_rows(folder)]
+    assert measured == sorted(set(measured)) and measured[0] > 0
+    done = {"step": 0, "eval": 0}
+    for row in read_rows(folder):
+        done[row["kind"]] += 1
+        expected = clock.startup_s + done["step"] * step.step_s + done["eval"] * worker.emulator.eval_s(360)
+        assert row["emulated_s"] == pytest.approx(expected, rel=1e-12)
+    assert result["emulated_s"] == row["emulated_s"] and result["measured_s"] == row["measured_s"]
+
+
+def test_two_workers_train_the_same_bits_as_one(whole, two_workers):
+    folder, results = two_workers
+    assert [result["weights_sha256"] for result, _ in results] == [whole[1]["weights_sha256"]] * 2
+    for kind, tag in (("step", "train/loss"), ("step", "train/grad_norm"), ("eval", "eval/top1"), ("eval", "eval/loss")):
+        assert values(folder / "sgd", kind, tag) == values(whole[0], kind, tag)
+
+
+def test_two_workers_train_the_same_bits_as_one_in_bfloat16_with_lars(two_workers, tmp_path):
+    one = train(tmp_path, *LARS_BF16)
+    assert [result["weights_sha256"] for _, result in two_workers[1]] == [one["weights_sha256"]] * 2
+
+
+def test_a_run_that_broke_off_continues_with_the_same_bits_on_fewer_workers(whole, two_workers, tmp_path):
+    """Two workers died after four steps; one goes on from the checkpoint after two. No row stands there twice."""
+    shutil.copytree(two_workers[0] / "sgd", tmp_path, dirs_exist_ok=True)
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_00000002.pt", "step_00000004.pt"]
+    result = train(tmp_path, resume_from=checkpoint_path(tmp_path / "checkpoints", 2))
+    assert result["weights_sha256"] == whole[1]["weights_sha256"]
+    assert result["emulated_s"] == whole[1]["emulated_s"]
+    assert [(row["kind"], row["step"]) for row in read_rows(tmp_path)] == [
+        (row["kind"], row["step"]) for row in read_rows(whole[0])
+    ]
+    for kind, tag in (("step", "train/loss"), ("eval", "eval/loss")):
+        assert values(tmp_path, kind, tag) == values(whole[0], kind, tag)
+    measured = [row["measured_s"] for row in read_rows(tmp_path)]
+    assert measured == sorted(set(measured))
+
+
+def test_a_run_that_was_asked_to_stop_saves_and_continues_with_the_same_bits(whole, tmp_path):
+    worker = Worker(tiny(), WorkerContext())
+    worker.trainer.stop_requested.set()
+    result = worker.train(tmp_path)
+    assert (result["status"], result["steps"]) == ("interrupted", 1)
+    (saved,) = list_checkpoints(tmp_path / "checkpoints")
+    assert train(tmp_path, resume_from=saved)["weights_sha256"] == whole[1]["weights_sha256"]
+
+
+def test_a_finished_run_has_nothing_left_to_train(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    (saved,) = list_checkpoints(tmp_path / "checkpoints")
+    result = train(tmp_path, resume_from=saved)
+    assert [row["step"] for row in read_rows(tmp_path)] == [row["step"] for row in read_rows(whole[0])]
+    for key in ("status", "steps", "top1", "weights_sha256", "emulated_s"):
+        assert result[key] == whole[1][key], key
+
+
+def test_another_seed_is_another_run(whole, tmp_path):
+    (saved,) = list_checkpoints(whole[0] / "checkpoints")
+    with pytest.raises(ValueError, match=r"step_00000004\.pt: the checkpoint has seed=0, this run 1; start a new run"):
+        train(tmp_path, "seed=1", resume_from=saved)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fast_numerics_differ_by_rounding_only(tmp_path):
+    """All 16 chips in one pass against a block at a time. Two steps: the first starts with silent residual branches."""
+    states = []
+    for numerics in ("exact", "fast"):
+        folder = tmp_path / numerics
+        folder.mkdir()
+        train(folder, f"numerics={numerics}", "max_steps=2", "data.image_size=16", "mesh.axes.host=2")
+        states.append(checkpoint.load(checkpoint_path(folder / "checkpoints", 2)))
+    exact, fast = states
+    for name, value in exact["model"].items():
+        error = (fast["model"][name] - value).double().norm() / value.double().norm().clamp(min=1e-6)
+        assert error < 1e-3, name
+    moments = exact["chip_moments"]
+    assert len(moments) == 16 and (fast["chip_moments"] - moments).norm() < 1e-3 * moments.norm()
+
+
+def test_the_target_ends_the_run(tmp_path):
+    result = train(tmp_path, "target_top1=0.001")
+    assert (result["status"], result["reached"], result["steps"]) == ("done", True, 2)
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_00000002.pt"]
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    worker = Worker(tiny("schedule.base_lr=1e30", "schedule.warmup_epochs=0"), WorkerContext())
+    with pytest.raises(DivergedError, match=r"the loss is nan at step 2 \(learning rate 9\.931e\+29\); lower schedule.base_lr"):
+        worker.train(tmp_path)
+    assert [row["step"] for row in read_rows(tmp_path)] == [1]
+    assert list_checkpoints(tmp_path / "checkpoints") == []
+
+
+def test_an_evaluation_is_that_of_all_images_at_once():
+    """Each image counts once, though the last batch is shorter; the statistics are the mean over all chips."""
+    worker = Worker(tiny(), WorkerContext())
+    torch.manual_seed(5)
+    for moment in chip_moments(worker.model):
+        moment.copy_(torch.rand_like(moment) + 0.5)
+    dataset = worker.source.eval
+    seen = []
+    original = dataset.batch
+    dataset.batch = lambda indices, **keys: (seen.extend(indices.tolist()), original(indices, **keys))[1]
+    record = worker.trainer.evaluate()
+    assert sorted(seen) == list(range(360)) and record.images == 360
+    for mean, moments in zip(evaluation_moments(worker.model), chip_moments(worker.model), strict=True):
+        torch.testing.assert_close(mean, moments.mean(0))
+    images, labels = original(torch.arange(360).numpy(), seed=0, epoch=0)
+    with torch.inference_mode():
+        logits = worker.model.eval()(images)
+    assert record.top1 * 360 == (logits.argmax(1) == labels).sum().item()
+    smoothing = worker.config["label_smoothing"]
+    loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing).item()
+    assert record.loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_step_is_that_of_the_mean_over_chips_of_each_chips_mean_loss():
+    """The gradient that the optimizer gets, in the parameters' own memory layout, against chips computed one by one."""
+    worker = Worker(tiny("max_steps=1", "data.image_size=16", "model.zero_init_last_gamma=false"), WorkerContext())
+    reference = Worker(tiny("data.image_size=16", "model.zero_init_last_gamma=false"), WorkerContext())
+    given = []
+    worker.optimizer.register_step_pre_hook(lambda *_: given.extend(p.grad.clone() for p in worker.model.parameters()))
+    worker.trainer.train([], lambda progress: None)
+    model = reference.model
+    for chip in range(24):
+        model.chip_pass.first, model.chip_pass.count = chip, 1
+        images, labels = reference.source.train.batch(reference.order.indices(0, 0, chip, chip + 1)[0], seed=0, epoch=0)
+        smoothing = reference.config["label_smoothing"]
+        (torch.nn.functional.cross_entropy(model(images), labels, label_smoothing=smoothing) / 24).backward()
+    for gradient, p in zip(given, model.parameters(), strict=True):
+        assert (gradient - p.grad).norm() < 1e-3 * p.grad.norm()
+        layouts = [[stride for size, stride in zip(p.shape, t.stride(), strict=True) if size > 1] for t in (gradient, p)]
+        assert layouts[0] == layouts[1]
+
+
+@pytest.mark.parametrize("epochs, every, offset", [(6, 1, 0), (6, 4, 1), (6.5, 2, 0), (5, 0.7, 2), (0.5, 1, 0), (3, 0.3, 0.1)])
+def test_training_evaluates_as_often_as_the_emulator_charges(epochs, every, offset):
+    overrides = [f"epochs={epochs}", f"eval_every={every}", f"eval_offset={offset}", "max_steps=null"]
+    worker = Worker(tiny(*overrides, "schedule.warmup_epochs=0"), WorkerContext())
+    trainer, due = worker.trainer, 0
+    for trainer.progress.step in range(trainer.total_steps + 1):
+        due += trainer._due(trainer.limits.eval_every, trainer.limits.eval_offset)
+    assert due == num_evaluations(epochs, every, offset) == worker.emulator.run_time().evaluations
+    assert trainer.total_steps == worker.emulator.run_time().steps
