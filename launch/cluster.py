@@ -6,7 +6,9 @@ below, meant for laptops, makes it bind to loopback; Ray reads it when it is imp
 
 import json
 import os
+import re
 import signal
+import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,8 @@ from tempfile import gettempdir
 
 LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 QUIET = {"logging_level": "ERROR", "log_to_driver": False}
+CONNECT_TIMEOUT_S = 5.0
+REMEDY = "start one with 'ray start --head', or leave cluster.address out to start one here"
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,8 @@ class Cluster:
 @contextmanager
 def join(settings: dict, chips: dict[str, int], num_cpus: int) -> Iterator[Cluster]:
     """Start Ray here, offering the `chips` and at least `num_cpus` (address null), or join a running cluster."""
-    address = settings["address"]
-    if not settings["expose"] and (address is None or _on_loopback(address)):
+    address = _resolved(settings["address"])
+    if not settings["expose"] and (address is None or address.startswith(("127.", "localhost:"))):
         os.environ[LOOPBACK_VARIABLE] = "0"
     import ray
 
@@ -78,12 +82,16 @@ def join(settings: dict, chips: dict[str, int], num_cpus: int) -> Iterator[Clust
         ray.shutdown()
 
 
-def _on_loopback(address: str) -> bool:
-    """Whether a cluster lies on this machine's loopback; `auto` is looked up where Ray does."""
+def _resolved(address: str | None) -> str | None:
+    """`auto` as host:port: what RAY_ADDRESS names, or what `ray start` has noted on this machine."""
     if address == "auto":
         noted = Path(os.environ.get("RAY_TMPDIR") or gettempdir()) / "ray" / "ray_current_cluster"
-        address = os.environ.get("RAY_ADDRESS") or (noted.read_text() if noted.exists() else "")
-    return address.startswith(("127.", "localhost"))
+        address = os.environ.get("RAY_ADDRESS") or (noted.read_text().strip() if noted.exists() else None)
+        if address is None:
+            raise ValueError(f"cluster.address=auto: neither RAY_ADDRESS nor {noted} names a Ray head; {REMEDY}")
+    if address is not None and not re.fullmatch(r"[^/]+:\d{1,5}", address):
+        raise ValueError(f"cluster.address={address}: must be host:port of a Ray head, auto, or null; {REMEDY}")
+    return address
 
 
 @contextmanager
@@ -103,12 +111,13 @@ def _interrupts_deferred() -> Iterator[None]:
 
 
 def _connect(address: str) -> None:
+    """Ray itself would try for two minutes before it says that nobody answers."""
     import ray
 
+    host, _, port = address.rpartition(":")
     try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
         ray.init(address=address, **QUIET)
-    except ConnectionError as error:
-        raise ValueError(
-            f"cluster.address={address}: no Ray cluster answers there ({str(error).splitlines()[0]}); start one with "
-            "'ray start --head', or leave cluster.address out to start one here"
-        ) from None
+    except (OSError, OverflowError) as error:
+        problem = str(error).partition("\n")[0]
+        raise ValueError(f"cluster.address={address}: no Ray cluster answers there ({problem}); {REMEDY}") from None

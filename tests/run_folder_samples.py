@@ -83,6 +83,8 @@ def result(**changes) -> dict:
         "measured_s": 26.0,
         "wall_s": 31.5,
         "emulated_s": emulated_s,
+        "emulated_interval_s": [0.8 * emulated_s, 1.25 * emulated_s],
+        "peak_memory_bytes": 2_000_000_000,
         "images_per_s": 250.0,
         "chips": 64,
         "workers": 2,

@@ -105,16 +105,16 @@ def small_model() -> nn.Module:
 def test_the_digest_of_the_weights_is_that_of_their_values():
     model = small_model()
     digest = checkpoint.weights_sha256(model)
-    assert len(digest) == 64
-    assert checkpoint.weights_sha256(model.to(memory_format=torch.channels_last)) == digest == checkpoint.weights_sha256(small_model())
+    assert len(digest) == 64 and checkpoint.weights_sha256(small_model()) == digest
+    assert checkpoint.weights_sha256(model.to(memory_format=torch.channels_last)) == digest
 
 
-@pytest.mark.parametrize("name", ["conv1.weight", "layer4.1.bn2.bias", "fc.weight", "bn1.running_mean", "bn1.running_var"])
-def test_the_digest_changes_with_any_bit(name):
+def test_the_digest_changes_with_any_bit():
     model = small_model()
     digest = checkpoint.weights_sha256(model)
-    bits = model.state_dict()[name].view(torch.int32).view(-1)
-    bits[-1] ^= 1
-    assert checkpoint.weights_sha256(model) != digest
-    bits[-1] ^= 1
+    for name in ("conv1.weight", "layer4.1.bn2.bias", "fc.weight", "bn1.running_mean", "bn1.running_var"):
+        bits = model.state_dict()[name].view(torch.int32).view(-1)
+        bits[-1] ^= 1
+        assert checkpoint.weights_sha256(model) != digest, name
+        bits[-1] ^= 1
     assert checkpoint.weights_sha256(model) == digest

@@ -1,4 +1,4 @@
-"""Groups move exact integers between real processes over gloo; aggregators sum the same bits however blocks are shared."""
+"""Groups move exact integers between real processes over gloo; aggregators sum the same bits for every split."""
 
 import numpy as np
 import pytest

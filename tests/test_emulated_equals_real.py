@@ -1,4 +1,8 @@
-"""Four emulated chips in one process compute what four real processes of torch's DistributedDataParallel compute."""
+"""Four emulated chips in one process compute what four real processes of torch's DistributedDataParallel compute.
+
+ResNet-18 without its last stage: four copies of those 8 million parameters only take time, and over the two values per
+channel that stage 4 sees of two images of 8 pixels, a batch norm can turn rounding of 1e-16 into 1e-11.
+"""
 
 import numpy as np
 import torch
@@ -16,8 +20,17 @@ CHIPS, IMAGES = 4, 2
 
 
 def model() -> ResNet:
-    torch.manual_seed(1)
-    return resnet(18, "small", 10, zero_init_last_gamma=False).double().to(memory_format=torch.channels_last)
+    with torch.device("meta"):
+        made = resnet(18, "small", 10)
+        made.layer4, made.fc = nn.Identity(), nn.Linear(256, 10)
+    made = made.double().to_empty(device="cpu").to(memory_format=torch.channels_last)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in made.parameters():
+        deviation = (2 / parameter[0].numel()) ** 0.5 if parameter.ndim > 1 else 0.5
+        nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, deviation, generator)
+    for name, buffer in made.named_buffers():
+        buffer.fill_(name.endswith("running_var"))
+    return made
 
 
 def batch(chip: int) -> tuple[Tensor, Tensor]:
@@ -62,14 +75,14 @@ def emulated_step() -> tuple[list[Tensor], ResNet]:
         chips = range(2 * block, 2 * block + 2)
         emulated.chip_pass.first, emulated.chip_pass.count = chips.start, len(chips)
         images, labels = (torch.cat(parts) for parts in zip(*map(batch, chips), strict=True))
-        loss = functional.cross_entropy(emulated(images), labels, reduction="sum", label_smoothing=0.1) / (CHIPS * IMAGES)
-        aggregator.add(block, list(torch.autograd.grad(loss, list(emulated.parameters()))))
+        loss = functional.cross_entropy(emulated(images), labels, reduction="sum", label_smoothing=0.1)
+        aggregator.add(block, list(torch.autograd.grad(loss / (CHIPS * IMAGES), list(emulated.parameters()))))
     return aggregator.total(), emulated
 
 
 def test_gradients_and_statistics_are_those_of_real_data_parallel_processes():
     ranks = run_ranks(CHIPS, real_step)
-    assert len(ranks[0]["errors"]) == 62
+    assert len(ranks[0]["errors"]) == 47
     assert max(ranks[0]["errors"].values()) < 1e-12, ranks[0]["errors"]
     for layer, norm in enumerate(norm_layers(emulated_step()[1])):
         for chip, rank in enumerate(ranks):

@@ -15,8 +15,8 @@ def train_on_nodes(ray_nodes, tmp_path):
     """Trains on the four nodes, driven from this process; returns the exit status."""
 
     def train(*overrides: str) -> int:
-        words = [*TINY, f"max_steps={STEPS}", f"cluster.address={ray_nodes}", f"run_root={tmp_path / 'runs'}", *overrides]
-        return compose.main(run.train, words, "launch.run")
+        here = [f"cluster.address={ray_nodes}", f"run_root={tmp_path / 'runs'}"]
+        return compose.main(run.train, [*TINY, f"max_steps={STEPS}", *here, *overrides], "launch.run")
 
     return train
 

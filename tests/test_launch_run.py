@@ -29,7 +29,7 @@ Start = Callable[..., Command]
 
 @pytest.fixture
 def start(tmp_path: Path, ray_folder: Path) -> Iterator[Start]:
-    """Starts `python -m launch.run` on a tiny run, with run folders in tmp_path/runs; what is left at the end is killed."""
+    """Starts `python -m launch.run` on a tiny run below tmp_path/runs; what still runs at the end is killed."""
     commands = []
 
     def start(*overrides: str) -> Command:
@@ -135,4 +135,14 @@ def test_a_killed_worker_fails_the_run_within_seconds(start, tmp_path):
     assert result["error"].count("\n") == 0 and result["steps"] >= 1 and result["weights_sha256"] is None
     assert f"launch.run: the run failed: {result['error']}" in command.stderr.splitlines()
     assert "Traceback" not in command.stderr
+    assert command.left_over() == []
+
+
+def test_ctrl_c_while_ray_starts_leaves_nothing(start, tmp_path):
+    command = start("run=early", "workers=1")
+    assert wait_for(lambda: command.started)  # the first process of Ray
+    os.killpg(command.process.pid, signal.SIGINT)
+    assert command.wait() == 1
+    assert command.stderr == "launch.run: interrupted\n"
+    assert not (tmp_path / "runs").exists()
     assert command.left_over() == []

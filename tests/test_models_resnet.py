@@ -5,6 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
+from train.models.chip_norm import norm_layers
 from train.models.profile import profile
 from train.models.resnet import BLOCKS_PER_STAGE, resnet
 from train.sim import workload
@@ -21,8 +22,9 @@ def count(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("depth", sorted(BLOCKS_PER_STAGE))
 def test_names_and_shapes_are_torchvisions(depth):
-    ours, theirs = (on_meta(make).state_dict() for make in (lambda: resnet(depth), getattr(torchvision.models, f"resnet{depth}")))
-    assert [(name, t.shape, t.dtype) for name, t in ours.items()] == [(name, t.shape, t.dtype) for name, t in theirs.items()]
+    models = on_meta(resnet, depth), on_meta(getattr(torchvision.models, f"resnet{depth}"))
+    ours, theirs = ([(name, t.shape, t.dtype) for name, t in model.state_dict().items()] for model in models)
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("depth", [18, 50])
@@ -34,8 +36,8 @@ def test_evaluation_logits_equal_torchvisions(depth):
             buffer.normal_(0, 0.1)
         elif name.endswith("var"):
             buffer.uniform_(0.5, 1.5)
-    ours = resnet(depth, num_classes=7).double().eval()
-    ours.load_state_dict(theirs.state_dict())
+    ours = on_meta(resnet, depth, num_classes=7).eval()
+    ours.load_state_dict(theirs.state_dict(), assign=True)
     ours.to(memory_format=torch.channels_last)
     for size in (64, 33):
         images = torch.randn(1, 3, size, size, dtype=torch.float64)
@@ -55,7 +57,7 @@ def test_resnet50_has_53_convolutions_and_25_557_032_parameters():
 @pytest.mark.parametrize("depth, blocks", [(18, 8), (50, 16)])
 def test_zero_init_starts_every_residual_branch_at_zero(depth, blocks):
     def silent(model: nn.Module) -> int:
-        return sum(not norm.weight.any() for name, norm in model.named_modules() if name.split(".")[-1].startswith("bn"))
+        return sum(not norm.weight.any() for norm in norm_layers(model))
 
     assert silent(resnet(depth)) == blocks
     assert silent(resnet(depth, zero_init_last_gamma=False)) == 0

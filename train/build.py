@@ -6,6 +6,7 @@ Nothing here knows of Ray: `run_worker` also runs in a plain process. Whoever la
 
 import dataclasses
 import platform
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,13 +34,14 @@ MEMORY_PER_PASS = 2 << 30
 
 @dataclass
 class WorkerContext:
-    """What a worker is told beside the configuration. `device` is auto, cpu or cuda; `store` a c10d store all ranks reach."""
+    """What a worker is told beside the configuration; `device` is auto, cpu or cuda."""
 
     rank: int = 0
     world_size: int = 1
     device: str = "cpu"
     threads: int = 1
     store: Any = None
+    """A c10d store that all ranks reach."""
     marks: dict[str, float] = field(default_factory=dict)
     """Unix times at which phases of the start ended, in order; the first is the command's own start."""
 
@@ -55,7 +57,7 @@ class RunInfo:
 
 
 class Worker:
-    """One worker, ready to train. ValueError where the configuration can't be trained; nothing is written before `train`."""
+    """One worker, ready to train. ValueError where that can't be; nothing is written before `train`."""
 
     def __init__(self, config: dict, context: WorkerContext) -> None:
         self.config, self.context = config, context
@@ -75,11 +77,12 @@ class Worker:
         self.order = Order(len(self.source.train), self.chip_batch_size, mesh.num_chips, config["seed"])
         check_batch_norm(config, self.source.image_size, self.chip_batch_size, mesh.chips_per_host)
         shares = mesh.shares(context.world_size)
-        self.passes = plan_passes(config, self.emulator.workload, mesh.chips_per_host, shares[context.rank], self.chip_batch_size)
+        mine = shares[context.rank]
+        self.passes = plan_passes(config, self.emulator.workload, mesh.chips_per_host, mine, self.chip_batch_size)
         torch.manual_seed(config["seed"])
         model = _made(config["model"], num_classes=num_classes(config, self.source.num_classes))
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        allocate_chips(self.model, len(shares[context.rank]) * mesh.chips_per_host, config["bn_span"])
+        allocate_chips(self.model, len(mine) * mesh.chips_per_host, config["bn_span"])
         self.optimizer = _made(config["optim"], self.model.parameters())
         epochs = config["epochs"][-1] if isinstance(config["epochs"], list) else config["epochs"]
         schedule = _made(config["schedule"], epochs=epochs)
@@ -123,11 +126,12 @@ class Worker:
     def contract(self) -> dict:
         """What this run promises about its arithmetic, for env.json and the console."""
         exact = self.config["numerics"] == "exact"
-        block = self.emulator.mesh.chips_per_host
+        mesh = self.emulator.mesh
+        tree = f"one binary tree over {mesh.num_hosts} blocks"
         return {
             "numerics": self.config["numerics"],
-            "block_chips": block,
-            "order": f"one binary tree over {self.emulator.mesh.num_hosts} blocks" if exact else "passes in turn, then the backend's",
+            "block_chips": mesh.chips_per_host,
+            "order": tree if exact else "passes in turn, then the backend's",
             "chips_per_pass": max(chips.count for chips in self.passes),
             "threads": self.context.threads,
             "precision": self.precision.name,
@@ -166,7 +170,7 @@ class Worker:
 
     def train(self, run_dir: Path, resume_from: Path | None = None) -> dict:
         """Train to the end; rank 0 writes metrics and checkpoints into `run_dir`. Returns what result.json needs."""
-        torch.set_num_threads(self.context.threads)  # again: the count belongs to the thread, and this may be another one
+        torch.set_num_threads(self.context.threads)  # again: the count is the thread's, and this may be another one
         if resume_from is not None:
             self._restore(resume_from)
         run = RunInfo(self, run_dir, self.trainer.progress.step)
@@ -199,6 +203,7 @@ class Worker:
 
     def _result(self, status: str) -> dict:
         progress = self.trainer.progress
+        images = progress.step * self.order.global_batch_size
         return {
             "status": status,
             "top1": progress.top1,
@@ -209,7 +214,9 @@ class Worker:
             "epochs": progress.step / self.order.steps_per_epoch,
             "measured_s": progress.measured_s,
             "emulated_s": self.trainer.clock.seconds,
-            "images_per_s": progress.step * self.order.global_batch_size / progress.measured_s if progress.measured_s else None,
+            "emulated_interval_s": list(self.emulator.interval_s(self.trainer.clock.seconds)),
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "images_per_s": images / progress.measured_s if progress.measured_s else None,
             "weights_sha256": checkpoint.weights_sha256(self.model) if status != "failed" else None,
             "first_step_marks": self.context.marks,
         }
@@ -242,8 +249,9 @@ class Worker:
     def _restore(self, path: Path) -> None:
         state = checkpoint.load(path)
         for key, value in self._identity().items():
-            if state["run"].get(key) != value:
-                raise ValueError(f"{path}: the checkpoint has {key}={state['run'].get(key)}, this run {value}; start a new run")
+            saved = state["run"].get(key)
+            if saved != value:
+                raise ValueError(f"{path}: the checkpoint has {key}={saved}, this run {value}; start a new run")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         mine = moments_of(state["chip_moments"], self.passes, self.config["bn_span"]).to(self.device)
@@ -256,8 +264,8 @@ class Worker:
 
     def _identity(self) -> dict:
         """What must be equal for a checkpoint to continue the same training; the workers may change."""
-        exact = {"threads": self.context.threads, "precision": self.precision.name} if self.config["numerics"] == "exact" else {}
-        return exact | {
+        exact = {"threads": self.context.threads, "precision": self.precision.name}
+        return (exact if self.config["numerics"] == "exact" else {}) | {
             "numerics": self.config["numerics"],
             "chips": self.order.num_chips,
             "chip_batch_size": self.chip_batch_size,
@@ -277,6 +285,13 @@ class FirstStep(Callback):
 
     def on_step(self, record: Any) -> None:
         self.marks.setdefault("first step", time())
+
+
+def peak_memory_bytes(device: str) -> int:
+    """The most memory that this process has held: of its GPU, or else of the machine."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def run_worker(config: dict, context: WorkerContext, run_dir: Path, resume_from: Path | None = None) -> dict:
@@ -311,11 +326,13 @@ def chip_batch_size(config: dict, num_chips: int) -> int:
     if given is not None:
         if total is not None and total != given * num_chips:
             raise ValueError(
-                f"global_batch_size={total} is not chip_batch_size={given} x {num_chips} chips; set one of the two to null"
+                f"global_batch_size={total} is not chip_batch_size={given} x {num_chips} chips; set one to null"
             )
         return given
     if total % num_chips:
-        raise ValueError(f"global_batch_size={total} does not divide among {num_chips} chips; take a multiple of {num_chips}")
+        raise ValueError(
+            f"global_batch_size={total} does not divide among {num_chips} chips; take a multiple of {num_chips}"
+        )
     return total // num_chips
 
 
@@ -323,16 +340,20 @@ def check_batch_norm(config: dict, image_size: int, chip_batch: int, chips_per_b
     """Every batch norm needs two values per channel, and a span must not cross blocks."""
     span = config["bn_span"]
     if chips_per_block % span:
-        raise ValueError(f"bn_span={span}: must divide the {chips_per_block} chips of a block (a host); larger spans are not supported")
+        raise ValueError(
+            f"bn_span={span}: must divide the {chips_per_block} chips of a block (a host); there are no larger spans"
+        )
     smallest = -(-image_size // (8 if config["model"]["stem"] == "small" else 32))
     if chip_batch * span * smallest**2 < 2:
         raise ValueError(
-            f"chip_batch_size={chip_batch} with data.image_size={image_size} leaves the last batch norms one value per channel; "
-            "raise chip_batch_size, data.image_size or bn_span"
+            f"chip_batch_size={chip_batch} with data.image_size={image_size} leaves the last batch norms one value per "
+            "channel; raise chip_batch_size, data.image_size or bn_span"
         )
 
 
-def plan_passes(config: dict, workload: Workload, chips_per_block: int, blocks: range, chip_batch: int) -> list[ChipPass]:
+def plan_passes(
+    config: dict, workload: Workload, chips_per_block: int, blocks: range, chip_batch: int
+) -> list[ChipPass]:
     """A worker's chips in passes: one block each in `exact`, as many blocks as memory holds in `fast`."""
     per_pass = config["chips_per_pass"]
     if config["numerics"] == "exact":

@@ -36,11 +36,12 @@ def load(path: Path) -> dict:
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such checkpoint") from None
     except Exception as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}); resume from an earlier one") from error
+        reason = type(error).__name__
+        raise ValueError(f"{path}: not a readable checkpoint ({reason}); resume from an earlier one") from error
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """The SHA-256 of all parameters' bytes (logical order, names included) and of the statistics that evaluation uses."""
+    """The SHA-256 of the names and bytes (in logical order) of all parameters and of evaluation's statistics."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

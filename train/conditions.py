@@ -121,6 +121,10 @@ def as_seconds(value: float | None, missing: str | None = None) -> str:
     return missing or "-" if value is None else f"{value:,.2f} s"
 
 
+def as_interval(seconds: list[float]) -> str:
+    return " to ".join(f"{value:,.2f}" for value in seconds) + " s"
+
+
 def as_rate(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 

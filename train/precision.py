@@ -24,13 +24,15 @@ class Precision:
 def choose_precision(precision: str, device: str) -> Precision:
     """`auto` takes bfloat16 where the hardware computes in it and float32 elsewhere."""
     if precision == "auto":
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.startswith("cuda") else cpu_has_bf16()
+        gpu = device.startswith("cuda")
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else cpu_has_bf16()
         if native:
             return Precision("bf16", torch.bfloat16, f"auto: {describe_device(device)} multiplies bfloat16 natively")
         return Precision("fp32", torch.float32, f"auto: {describe_device(device)} has no native bfloat16")
     if precision not in DTYPES:
         raise ValueError(
-            f"precision={precision}: training knows {', '.join(DTYPES)} and auto (fp16 needs loss scaling, which it does not have)"
+            f"precision={precision}: training knows {', '.join(DTYPES)} and auto "
+            "(fp16 needs loss scaling, which it does not have)"
         )
     return Precision(precision, DTYPES[precision], "as configured")
 

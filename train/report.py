@@ -11,7 +11,17 @@ import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from train.conditions import Condition, as_count, as_number, as_percent, as_rate, as_seconds, conditions, to_fraction
+from train.conditions import (
+    Condition,
+    as_count,
+    as_interval,
+    as_number,
+    as_percent,
+    as_rate,
+    as_seconds,
+    conditions,
+    to_fraction,
+)
 from train.metrics import read_rows, write_aside
 from train.records import Record, find, load
 
@@ -96,6 +106,7 @@ def _emulated(result: dict) -> dict:
     return {
         "time_to_target_s": seconds if result.get("reached") else None,
         "clock_s": seconds,
+        "interval_s": result.get("emulated_interval_s"),
         "target_top1": result.get("target_top1"),
         "images_per_s": rate,
         "images_per_s_per_chip": rate / chips if rate and chips else None,
@@ -119,6 +130,7 @@ def _measured(result: dict) -> dict:
         "epochs": result.get("epochs"),
         "workers": workers,
         "device": result.get("device"),
+        "peak_memory_bytes": result.get("peak_memory_bytes"),
         "global_batch_size": result.get("global_batch_size"),
     }
 
@@ -213,6 +225,10 @@ def _table(data: dict) -> list[str]:
     if missed:
         clocks = (as_seconds(c["clock_s"]) for c in (emulated, measured))
         cells.insert(2, ("clock when the run ended", "-", *clocks))
+    if interval := emulated["interval_s"]:
+        cells.insert(3 if missed else 2, ("5 % to 95 %, by the model's error", "-", as_interval(interval), "-"))
+    if peak := measured["peak_memory_bytes"]:
+        cells.append(("peak memory of a worker", "-", "-", f"{peak / 1e9:.1f} GB"))
     widths = [max(len(row[i]) for row in cells) for i in range(4)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells

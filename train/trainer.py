@@ -1,8 +1,9 @@
 """The training loop of one worker: evaluate, save, stop?, step, log.
 
-A worker holds consecutive chips of the mesh. It goes through them in passes; every pass hands the gradients of its share of
-the global batch's mean loss to the aggregator, and their sum over all chips of all workers is what the optimizer steps with.
-Chips have equal batches, so that is the mean over chips of each chip's mean gradient, as data parallelism computes it.
+A worker holds consecutive chips of the mesh. It goes through them in passes; every pass hands the gradients of its
+share of the global batch's mean loss to the aggregator, and their sum over all chips of all workers is what the
+optimizer steps with. Chips have equal batches, so that is the mean over chips of each chip's mean gradient, as data
+parallelism computes it.
 """
 
 import math
@@ -142,12 +143,13 @@ class Trainer:
         return steps if self.limits.max_steps is None else min(steps, self.limits.max_steps)
 
     def train(self, callbacks: list[Callback], save: Callable[[Progress], None]) -> Progress:
-        """Train to the target, the last epoch, or a requested stop; `save` is called by every worker at the same steps."""
+        """Train to the target, the last epoch or a requested stop; every worker calls `save` at the same steps."""
         progress = self.progress
         self._started_at = time.perf_counter() - progress.measured_s
         with Prefetcher(self.source.train, self._batches(), seed=self.order.seed, depth=2) as loader:
             while True:
-                if self._due(self.limits.eval_every, self.limits.eval_offset) and progress.evaluated_at != progress.step:
+                due = self._due(self.limits.eval_every, self.limits.eval_offset)
+                if due and progress.evaluated_at != progress.step:
                     record = self.evaluate()
                     for callback in callbacks:
                         callback.on_eval(record)
@@ -163,7 +165,7 @@ class Trainer:
         return progress
 
     def evaluate(self) -> EvalRecord:
-        """Top-1 accuracy and loss over the held-out images, each counted once, with the mean statistics of all chips."""
+        """Top-1 accuracy and loss over the held-out images, each counted once, with the chips' mean statistics."""
         started = time.perf_counter()
         self.average_statistics()
         dataset, batches = self.source.eval, eval_batches(len(self.source.eval), EVAL_BATCH_SIZE)
@@ -205,7 +207,8 @@ class Trainer:
         rows_per_block = self.chips_per_block // self.passes[0].span
         for i in range(len(moments[0]) // rows_per_block):
             rows = slice(i * rows_per_block, (i + 1) * rows_per_block)
-            self.statistics.add(self.first_chip // self.chips_per_block + i, [moment[rows].sum(0) for moment in moments])
+            block = self.first_chip // self.chips_per_block + i
+            self.statistics.add(block, [moment[rows].sum(0) for moment in moments])
         num_rows = self.order.num_chips // self.passes[0].span
         for mean, total in zip(evaluation_moments(self.model), self.statistics.total(), strict=True):
             mean.copy_(total / num_rows)
@@ -229,8 +232,8 @@ class Trainer:
         self._agreed_to_stop = stop > 0
         if not math.isfinite(loss):
             raise DivergedError(
-                f"the loss is {loss} at step {progress.step + 1} (learning rate {learning_rate:.4g}); lower schedule.base_lr or "
-                "lengthen schedule.warmup_epochs"
+                f"the loss is {loss} at step {progress.step + 1} (learning rate {learning_rate:.4g}); "
+                "lower schedule.base_lr or lengthen schedule.warmup_epochs"
             )
         for p, gradient in zip(self.parameters, sums, strict=True):
             p.grad = gradient
@@ -260,7 +263,7 @@ class Trainer:
         )
 
     def _forward_backward(self, chip_pass: ChipPass, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(This pass's share of the global batch's mean loss, correct answers); the gradients are left in the parameters."""
+        """(This pass's share of the global batch's mean loss, correct answers); leaves gradients in the parameters."""
         self.model.chip_pass.first = chip_pass.first - self.first_chip
         self.model.chip_pass.count = chip_pass.count
         logits = self.model(images).float()
@@ -278,7 +281,7 @@ class Trainer:
                 yield epoch, indices.reshape(-1)
 
     def _due(self, every: float, offset: float) -> bool:
-        """Whether something that happens every so many epochs, first at `offset`, falls on this step; always at the end."""
+        """Whether what happens every so many epochs, first at `offset`, falls on this step; always at the end."""
         step, per_epoch = self.progress.step, self.order.steps_per_epoch
         if step == 0:
             return False

@@ -18,7 +18,7 @@ class Aggregator(Protocol):
     """Seconds spent in communication by the last `total`."""
 
     def add(self, block: int, tensors: list[Tensor]) -> None:
-        """Take over a pass's contribution (the tensors are overwritten); `block` is its first block, in ascending order."""
+        """Take over a pass's contribution (its tensors are overwritten); `block`, its first one, ascends."""
 
     def total(self) -> list[Tensor]:
         """The sum over every worker's contributions since the last call, in float32 or wider, on every worker."""
@@ -32,8 +32,8 @@ def _add(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
 class TreeAggregator:
     """The sum in the order of the summation tree: the same bits for every contiguous split of the blocks over workers.
 
-    Every worker sends to each other one the slice of its partial sums that the other finishes, and the finished slices are
-    gathered: each moves as many bytes as a ring all-reduce does when a worker's blocks are one node of the tree.
+    Every worker sends to each other one the slice of its partial sums that the other finishes, and the finished slices
+    are gathered: each moves as many bytes as a ring all-reduce does when a worker's blocks are one node of the tree.
     """
 
     def __init__(self, group: Group, shares: list[range]) -> None:
@@ -72,7 +72,7 @@ class TreeAggregator:
 
 
 class SumAggregator:
-    """The sum in whatever order is fastest: a worker's own passes one after the other, then the backend's all-reduce."""
+    """The sum in the fastest order: a worker's own passes one after the other, then the backend's all-reduce."""
 
     def __init__(self, group: Group) -> None:
         self._group = group

@@ -1,7 +1,7 @@
 """Who moves real bytes between workers: groups of processes with the collectives that training needs.
 
-`connect` makes the group of a configuration; a backend from outside the repository is a class with the methods of `Group`,
-named by `_target_` in a YAML of the group `backend`, whose first arguments are those of `connect`.
+`connect` makes the group of a configuration; a backend from outside the repository is a class with the methods of
+`Group`, named by `_target_` in a YAML of the group `backend`, whose first arguments are those of `connect`.
 """
 
 from datetime import timedelta
@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 
 
 class Group(Protocol):
-    """The workers of a run. Tensors are contiguous; results are written in place or returned, the same bits on every rank."""
+    """The workers of a run. Tensors are contiguous; results, in place or returned, have the same bits on every rank."""
 
     rank: int
     world_size: int
@@ -94,10 +94,19 @@ class _Done:
 
 
 class TorchGroup:
-    """torch.distributed's own backends; `store` is a c10d store that every rank reaches, new for each group (None: one rank)."""
+    """torch.distributed's own backends; `store` is a c10d store that every rank reaches, a new one for each group.
+
+    One rank alone needs no store.
+    """
 
     def __init__(
-        self, rank: int, world_size: int, store: Any, device: str, backend: Literal["gloo", "nccl"] = "gloo", timeout_s: float = 600.0
+        self,
+        rank: int,
+        world_size: int,
+        store: Any,
+        device: str,
+        backend: Literal["gloo", "nccl"] = "gloo",
+        timeout_s: float = 600.0,
     ) -> None:
         if backend == "nccl" and not distributed.is_nccl_available():
             raise ValueError("backend=nccl: this torch has no NCCL; install a CUDA build of torch, or use backend=gloo")
@@ -161,7 +170,7 @@ class TorchGroup:
 
     def abort(self) -> None:
         process_group, self._group = self._group, None
-        process_group.abort()  # NCCL's; gloo has none: its peers notice that the connections close, with the last reference
+        process_group.abort()  # does nothing on gloo, whose peers notice that the connections close with the group
         distributed.destroy_process_group(process_group)
 
     def close(self) -> None:

@@ -1,8 +1,9 @@
 """The summation tree: one binary tree over the global index of the blocks, whoever holds them.
 
-Floating-point addition is not associative, so the order of a sum is fixed once, by block number and not by worker: a node
-of 2^k blocks is the sum of its left and its right half. A worker that holds the blocks [first, last) can finish the nodes
-that lie wholly inside; they are at most 2 log2(blocks) (Demmel and Nguyen 2013 use the same idea for reproducible sums).
+Floating-point addition is not associative, so the order of a sum is fixed once, by block number and not by worker: a
+node of 2^k blocks is the sum of its left and its right half; what lies beyond the last block is left out. A worker that
+holds n consecutive blocks can finish the nodes that lie wholly inside; those that cover its blocks are at most
+2 ceil(log2 n) + 1 (Demmel and Nguyen 2013 use the same idea for reproducible sums).
 """
 
 from collections.abc import Callable, Mapping
@@ -55,7 +56,7 @@ class PartialSums:
 
 
 def combine(nodes: Mapping[Node, Value], num_blocks: int, add: Callable[[Value, Value], Value]) -> Value:
-    """The sum of all blocks from the workers' nodes, in the tree's order; `nodes` must cover [0, num_blocks) exactly."""
+    """The sum of all blocks from the workers' nodes, in the tree's order; `nodes` cover [0, num_blocks) exactly."""
     size = 1
     while size < num_blocks:
         size *= 2

@@ -1,6 +1,7 @@
 """Batch normalisation per emulated chip: every chip normalises its own images and keeps its own running statistics.
 
-Ioffe and Szegedy 2015 (arXiv 1502.03167); statistics per accelerator as in Goyal et al. 2017 (arXiv 1706.02677, section 3).
+Ioffe and Szegedy 2015 (arXiv 1502.03167); statistics per accelerator as in Goyal et al. 2017 (arXiv 1706.02677,
+section 3).
 Running statistics follow torch's convention: new = (1 - momentum) * old + momentum * batch, with the unbiased variance.
 """
 
@@ -32,7 +33,7 @@ class ChipBatchNorm2d(nn.Module):
     """Batch norm over [chips * images, channels, height, width] with statistics over each group's own images.
 
     `running_mean` and `running_var` [channels] are what evaluation uses and what is saved, under the names torchvision
-    gives them; `chip_mean` and `chip_var` [groups, channels] are the chips' own. See `allocate_chips` and `chip_moments`.
+    gives them; `chip_mean` and `chip_var` [groups, channels] are the chips' own: see `allocate_chips`, `chip_moments`.
     """
 
     def __init__(self, num_features: int, chip_pass: ChipPass, eps: float = 1e-5, momentum: float = 0.1) -> None:
@@ -50,11 +51,12 @@ class ChipBatchNorm2d(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if not self.training:
-            return functional.batch_norm(images, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            mean, var = self.running_mean, self.running_var
+            return functional.batch_norm(images, mean, var, self.weight, self.bias, False, 0.0, self.eps)
         groups = self.chip_pass.groups()
         if len(groups) == 1:
             return self._normalise(images, groups[0])
-        # chunk, not slices: the gradient of a slice is a zero-filled tensor of the whole batch, that of chunk one concatenation
+        # chunk, not slices: a slice's gradient is a zero-filled tensor of the whole batch, chunk's one concatenation
         return torch.cat([self._normalise(part, g) for part, g in zip(images.chunk(len(groups)), groups, strict=True)])
 
     def _normalise(self, images: Tensor, group: int) -> Tensor:
@@ -69,7 +71,7 @@ def norm_layers(model: nn.Module) -> list[ChipBatchNorm2d]:
 
 
 def allocate_chips(model: nn.Module, num_chips: int, span: int) -> None:
-    """Give every batch norm the running statistics of `num_chips` chips, `span` of which share one set; they start at 0 and 1."""
+    """Give every batch norm running statistics (0 and 1) for `num_chips` chips, `span` of which share one set."""
     for norm in norm_layers(model):
         norm.chip_pass.span = span
         shape = (num_chips // span, len(norm.running_mean))

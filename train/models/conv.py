@@ -2,8 +2,8 @@
 
 oneDNN's convolutions rearrange the weights at every call; below 8 x 8 pixels that costs more than the products. With
 channels last, a 1x1 convolution *is* a matrix product without a copy, and a 3x3 one is a product over gathered taps
-(im2col; Chellapilla et al. 2006). Measured on one core in bfloat16, forward and backward of 64 images: 512 -> 2048 channels
-of 1x1 pixel 20 ms as convolution, 2.4 ms as product; 3x3, 512 -> 512 on 1x1 pixel 37 ms and 5 ms.
+(im2col; Chellapilla et al. 2006). Measured on one core in bfloat16, forward and backward of 64 images: 512 -> 2048
+channels of 1x1 pixel 20 ms as convolution, 2.4 ms as product; 3x3, 512 -> 512 on 1x1 pixel 37 ms and 5 ms.
 """
 
 import torch
@@ -31,7 +31,8 @@ class Conv2d(nn.Conv2d):
     @staticmethod
     def _product(rows: Tensor, weight: Tensor) -> Tensor:
         """[images, height, width, k] x [outputs, k] -> [images, outputs, height, width], channels last."""
-        flat = functional.linear(rows.reshape(-1, rows.shape[3]), weight)  # of four dims, torch may make a batch of products
+        # flattened first: of four dims, torch may make a batch of products
+        flat = functional.linear(rows.reshape(-1, rows.shape[3]), weight)
         return flat.view(*rows.shape[:3], len(weight)).permute(0, 3, 1, 2)
 
     def _taps(self, images: Tensor, stride: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ def profile(model: nn.Module, image_size: int) -> list[Layer]:
         def row(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             assert len(output) == 1, f"{name} saw {len(output)} images"
             taps = 0 if kind == "batch_norm" else module.weight[0].numel()  # multiply-adds for one output element
-            flops = 2.0 * taps * (output.shape[1:].numel())
+            flops = 2.0 * taps * output.numel()
             sizes = [math.prod(parameter.shape) for parameter in module.parameters()]
             gradients = 2 if inputs[0].requires_grad else 1
             layers.append(Layer(name, kind, flops, gradients * flops, sum(sizes), len(sizes), output.numel()))

@@ -1,6 +1,7 @@
 """ResNet 18 to 152, v1.5 (stride in the 3x3 convolution of a bottleneck), with batch norm per emulated chip.
 
-He et al. 2015 (arXiv 1512.03385); v1.5 as in MLPerf and torchvision, whose parameter names and values this model shares.
+He et al. 2015 (arXiv 1512.03385); v1.5 as in MLPerf and torchvision, whose names of parameters this model shares: each
+loads the other's weights.
 """
 
 from typing import Literal
@@ -71,7 +72,7 @@ def shortcut(inputs: int, outputs: int, stride: int, chip_pass: ChipPass) -> nn.
 
 
 class ResNet(nn.Module):
-    """[images, 3, height, width] -> [images, num_classes] logits; `chip_pass` says whose images a training pass holds."""
+    """[images, 3, height, width] -> logits [images, num_classes]; `chip_pass` says whose images a pass holds."""
 
     def __init__(self, depth: int, num_classes: int, stem: str, chip_pass: ChipPass) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ def resnet(
     num_classes: int = 1000,
     zero_init_last_gamma: bool = True,
 ) -> ResNet:
-    """A ResNet with He-normal convolutions (fan out); `stem=small` is one 3x3 convolution at full size, for small images.
+    """A ResNet with He-normal convolutions (fan out); `stem=small`, for small images, is one 3x3 convolution.
 
     `zero_init_last_gamma` starts every residual branch at zero (Goyal et al. 2017, section 5.1).
     """

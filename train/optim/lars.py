@@ -66,5 +66,3 @@ class LARS(torch.optim.Optimizer):
             usable = (w > 0) & (g > 0)
             trusts.append(torch.where(usable, group["coefficient"] * w / denominator, torch.ones_like(w)))
         return trusts
-
-

@@ -1,6 +1,7 @@
 """The parameter groups that large-batch recipes tell apart: matrices decay, batch norm and biases do not.
 
-MLPerf's ResNet reference leaves batch norm and bias out of both weight decay and LARS scaling; You et al. 2017 (arXiv 1708.03888).
+MLPerf's ResNet reference leaves batch norm and bias out of both weight decay and LARS scaling; You et al. 2017
+(arXiv 1708.03888).
 """
 
 from collections.abc import Iterable

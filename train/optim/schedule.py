@@ -1,6 +1,6 @@
-"""Learning rates by epoch: a linear warm-up, then a polynomial (MLPerf's form) or a cosine (Loshchilov and Hutter 2016).
+"""Learning rates by epoch: a linear warm-up, then a polynomial (MLPerf's) or a cosine (Loshchilov and Hutter 2016).
 
-A schedule is f(epoch) -> learning rate, with epoch = steps done / steps per epoch, so that it does not depend on the batch.
+A schedule is f(epoch) -> learning rate, with epoch = steps done / steps per epoch: it does not depend on the batch.
 """
 
 import math
@@ -9,15 +9,21 @@ import math
 class _Warmup:
     """The linear warm-up from 0 and the clock of the decay that follows it."""
 
-    def __init__(self, base_lr: float, end_lr: float, warmup_epochs: float, epochs: float, decay_epochs: float | None) -> None:
+    def __init__(
+        self, base_lr: float, end_lr: float, warmup_epochs: float, epochs: float, decay_epochs: float | None
+    ) -> None:
         if base_lr <= 0:
             raise ValueError(f"schedule.base_lr={base_lr}: the learning rate must be positive")
         if end_lr < 0:
             raise ValueError(f"schedule.end_lr={end_lr}: must not be negative")
         if not 0 <= warmup_epochs < epochs:
-            raise ValueError(f"schedule.warmup_epochs={warmup_epochs}: must lie between 0 and the run's epochs={epochs}")
+            raise ValueError(
+                f"schedule.warmup_epochs={warmup_epochs}: must be at least 0 and below the run's epochs={epochs}"
+            )
         if decay_epochs is not None and decay_epochs <= 0:
-            raise ValueError(f"schedule.decay_epochs={decay_epochs}: must be positive; leave it out to decay over the whole run")
+            raise ValueError(
+                f"schedule.decay_epochs={decay_epochs}: must be positive; null decays to the end of the run"
+            )
         self.base_lr = base_lr
         self.end_lr = end_lr
         self.warmup_epochs = warmup_epochs

@@ -9,10 +9,17 @@ from train.optim.parameters import split_by_decay
 
 
 class SGD(torch.optim.SGD):
-    """`torch.optim.SGD` with the recipe's parameter groups; `step()` uses the learning rate that the trainer left in the groups."""
+    """`torch.optim.SGD` with the recipe's parameter groups; the trainer sets their learning rate before each step.
+
+    Gradients must have their parameters' memory layout, as autograd makes them: the fused step ignores strides.
+    """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 5e-5
+        self,
+        parameters: Iterable[nn.Parameter],
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 5e-5,
     ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"optim.momentum={momentum}: momentum lies in [0, 1)")

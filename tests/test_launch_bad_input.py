@@ -1,0 +1,178 @@
+"""What is wrong with the input is said in one line, before anything is written: exit 2; 1 where it only shows later."""
+
+import json
+import math
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from data_samples import make_image_tree
+from launch_samples import TINY
+
+from launch import compose, run, run_folder
+from train.build import Worker, WorkerContext
+
+ONE_HOST = ["mesh=atlas800", "workers=1"]
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """The one line that launch.run says of overrides that it refuses without starting or joining Ray."""
+
+    @contextmanager
+    def no_ray(*_):
+        raise AssertionError("Ray was started")
+        yield
+
+    def refused(*overrides: str) -> str:
+        monkeypatch.setattr(run, "join", no_ray)
+        root = tmp_path / "runs"
+        assert compose.main(run.train, [f"run_root={root}", *overrides], "launch.run") == 2
+        assert not root.exists()
+        printed = capsys.readouterr()
+        assert printed.out == "" and printed.err.startswith("launch.run: ") and printed.err.count("\n") == 1
+        return printed.err.removeprefix("launch.run: ")
+
+    return refused
+
+
+@pytest.fixture
+def on_nodes(ray_nodes, tmp_path, capsys):
+    """Runs on the Ray nodes; returns the exit status and what was printed on stderr."""
+
+    def on_nodes(*overrides: str) -> tuple[int, list[str]]:
+        words = [*TINY, *ONE_HOST, f"cluster.address={ray_nodes}", f"run_root={tmp_path / 'runs'}", *overrides]
+        status = compose.main(run.train, words, "launch.run")
+        return status, capsys.readouterr().err.splitlines()
+
+    return on_nodes
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """16 photos in ImageNet's layout, one of the training photos cut off."""
+    root = make_image_tree(tmp_path_factory.mktemp("photos"), classes=2, per_class=4, size=40)
+    broken = root / "train/n00000001/1_2.JPEG"
+    broken.write_bytes(broken.read_bytes()[:100])
+    return root
+
+
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        ("mesh=atlas900_65", "mesh=atlas900_65: no such option; did you mean atlas900_64?"),
+        ("workers=9", "workers=9 is more than the 8 hosts of mesh Atlas 900"),
+        ("workers=-2", "workers: -2 must be at least 1"),
+        ("threads=0", "threads: 0 must be at least 1"),
+        ("chip_batch_size=-1", "chip_batch_size: -1 must be at least 1"),
+        ("max_steps=-1", "max_steps: -1 must be at least 1"),
+        ("seed=-1", "seed: -1 must not be negative"),
+        ("epochs=-1", "epochs: -1 must be one number above 0"),
+        ("eval_every=-1", "eval_every: -1 must be above 0"),
+        ("mesh.axes.host=-8", "axes.host=-8 must be a whole number of at least 1"),
+        ("data.image_size=-8", "data.image_size=-8 must be at least 1"),
+        ("experiment=imagenet_atlas900", "data.root=null: name the folder of the images"),
+        ("experiment=cifar10_atlas data.root=/no/such/folder", "data.root=/no/such/folder: does not exist"),
+        ("claim.record=huawei-2018", "claim.record=huawei-2018: no published record has this id"),
+        ("run=../elsewhere", "run=../elsewhere: a run's name is letters, digits"),
+        ("run=reference", "run=reference: a run's name is"),
+        ("resume=none", "resume=none: there is no"),
+    ],
+)
+def test_refused_before_ray_starts(refused, overrides, named):
+    assert named in refused(*overrides.split())
+
+
+def test_a_run_root_that_is_a_file_and_a_name_that_is_taken(refused, tmp_path):
+    (tmp_path / "file").touch()
+    assert "file: is a file; name a folder" in refused(f"run_root={tmp_path / 'file'}")
+    (tmp_path / "others/mine").mkdir(parents=True)
+    assert "exists; take another name, or continue it" in refused(f"run_root={tmp_path / 'others'}", "run=mine")
+    assert "mine has no checkpoints" in refused(f"run_root={tmp_path / 'others'}", "resume=mine")
+
+
+@pytest.mark.parametrize(
+    "address, named",
+    [
+        ("auto", "cluster.address=auto: neither RAY_ADDRESS nor"),
+        ("head", "cluster.address=head: must be host:port of a Ray head"),
+        ("127.0.0.1:1", "cluster.address=127.0.0.1:1: no Ray cluster answers there"),
+    ],
+)
+def test_a_cluster_that_is_not_there(address, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    words = [f"cluster.address={address}", f"run_root={tmp_path / 'runs'}"]
+    assert compose.main(run.train, words, "launch.run") == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_command_says_it_in_one_line_without_torch_or_ray(tmp_path):
+    code = (
+        "import sys; from launch.run import main; status = main();"
+        "loaded = {'torch', 'ray', 'tensorboard'} & set(sys.modules); assert not loaded, loaded; sys.exit(status)"
+    )
+    command = [sys.executable, "-c", code, "experiment=cifar10_atlas", "data.root=photos", "run_root=runs"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={"PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True
+    )
+    problem = f"data.root={tmp_path / 'photos'}: does not exist: set data.root to the folder of the images"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"launch.run: {problem}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        ("chip_batch_size=1000", "global_batch_size=64000 (64 chips x 1000) is larger than the data set (1437 images)"),
+        ("global_batch_size=100", "global_batch_size=100 does not divide among 64 chips"),
+        ("chip_batch_size=1 data.image_size=32 model.stem=imagenet", "the last batch norms one value per channel"),
+        ("bn_span=3", "bn_span=3: must divide the 8 chips of a block"),
+        ("chips_per_pass=3", "chips_per_pass=3: numerics=exact computes one block of 8 chips a pass"),
+        ("schedule.base_lr=-1", "schedule.base_lr=-1"),
+        ("optim=sgd optim.momentum=-1", "optim.momentum=-1"),
+        ("data=synthetic data.num_train=-5", "data.num_train=-5: must be at least 1"),
+        ("experiment=imagenet_atlas900 data.root={empty}", "is not an image folder, it has no class folders: expected"),
+        ("experiment=imagenet_atlas900 data.root={half}", "val/ is missing: expected train/<class>/*.jpg"),
+        ("experiment=cifar10_atlas data.root={empty}", "no CIFAR-10 there: expected"),
+        ("backend=nccl", "backend=nccl moves GPU memory only, and device=cpu"),
+    ],
+)
+def test_a_worker_refuses_to_be_built(overrides, named, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "half/train/cat").mkdir(parents=True)
+    words = overrides.format(empty=tmp_path / "empty", half=tmp_path / "half").split()
+    with pytest.raises(ValueError, match=r".") as refusal:
+        Worker(compose.compose(["model=resnet18", "model.stem=small", *words]), WorkerContext())
+    assert named in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_what_only_the_worker_sees_is_refused_with_nothing_written(on_nodes, tmp_path):
+    status, said = on_nodes("chip_batch_size=1000")
+    expected = "launch.run: global_batch_size=8000 (8 chips x 1000) is larger than the data set (1437 images)"
+    assert status == 2 and len(said) == 1 and said[0].startswith(expected)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        ("optim=sgd schedule.base_lr=1e12 schedule.warmup_epochs=0", "DivergedError: the loss is nan at step "),
+        ("data=imagenet data.root={photos} data.image_size=32 data.repeat=2", "unreadable image {photos}/train/"),
+    ],
+)
+def test_a_run_that_fails_ends_with_the_workers_own_error(on_nodes, photos, tmp_path, overrides, named):
+    status, said = on_nodes("run=failed", "max_steps=20", *overrides.format(photos=photos).split())
+    result = json.loads((tmp_path / "runs/failed/result.json").read_text())
+    assert status == 1 and said[-1] == f"launch.run: the run failed: {result['error']}"
+    assert result["status"] == "failed" and result["error"].startswith(named.format(photos=photos))
+    assert not any("Traceback" in line for line in said)
+
+
+def test_a_loss_that_is_no_number_after_the_last_step_is_null(tmp_path):
+    run_folder.write_json(tmp_path / "result.json", {"eval_loss": math.nan, "first_step": {"Ray": math.inf, "x": 1.0}})
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result == {"eval_loss": None, "first_step": {"Ray": None, "x": 1.0}}
