@@ -63,7 +63,13 @@ class Cluster:
 @contextmanager
 def join(settings: dict, chips: dict[str, int], num_cpus: int) -> Iterator[Cluster]:
     """Start Ray here, offering the `chips` and at least `num_cpus` (address null), or join a running cluster."""
-    address = _resolved(settings["address"])
+    address = settings["address"]
+    if address == "auto":
+        address = _noted_address()
+        if _has_token():
+            os.environ.setdefault("RAY_AUTH_MODE", "token")  # as Ray has it for the cluster of this machine
+    if address is not None:
+        _call(address)
     if not settings["expose"] and (address is None or address.startswith(("127.", "localhost:"))):
         os.environ[LOOPBACK_VARIABLE] = "0"
     import ray
@@ -82,16 +88,42 @@ def join(settings: dict, chips: dict[str, int], num_cpus: int) -> Iterator[Clust
         ray.shutdown()
 
 
-def _resolved(address: str | None) -> str | None:
-    """`auto` as host:port: what RAY_ADDRESS names, or what `ray start` has noted on this machine."""
-    if address == "auto":
-        noted = Path(os.environ.get("RAY_TMPDIR") or gettempdir()) / "ray" / "ray_current_cluster"
-        address = os.environ.get("RAY_ADDRESS") or (noted.read_text().strip() if noted.exists() else None)
-        if address is None:
-            raise ValueError(f"cluster.address=auto: neither RAY_ADDRESS nor {noted} names a Ray head; {REMEDY}")
-    if address is not None and not re.fullmatch(r"[^/]+:\d{1,5}", address):
-        raise ValueError(f"cluster.address={address}: must be host:port of a Ray head, auto, or null; {REMEDY}")
+def _noted_address() -> str:
+    """What `auto` stands for: what RAY_ADDRESS names, or what `ray start` has noted on this machine."""
+    noted = Path(os.environ.get("RAY_TMPDIR") or gettempdir()) / "ray" / "ray_current_cluster"
+    address = os.environ.get("RAY_ADDRESS") or (noted.read_text().strip() if noted.exists() else "")
+    if not address:
+        raise ValueError(f"cluster.address=auto: neither RAY_ADDRESS nor {noted} names a Ray head; {REMEDY}")
     return address
+
+
+def _call(address: str) -> None:
+    """ValueError where nobody answers; Ray itself would try for two minutes."""
+    if not re.fullmatch(r"[^/]+:\d{1,5}", address):
+        raise ValueError(f"cluster.address={address}: must be host:port of a Ray head, auto, or null; {REMEDY}")
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"cluster.address={address}: no Ray head answers there ({error}); {REMEDY}") from None
+
+
+def _connect(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, **QUIET)
+    except ConnectionError:
+        raise ValueError(
+            f"cluster.address={address}: what answers there is no Ray head, or wants a token: set RAY_AUTH_MODE=token "
+            "and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        ) from None
+
+
+def _has_token() -> bool:
+    """Whether this account holds a token for Ray clusters, where Ray looks for one."""
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
+    return "RAY_AUTH_TOKEN" in os.environ or Path(path).is_file()
 
 
 @contextmanager
@@ -108,16 +140,3 @@ def _interrupts_deferred() -> Iterator[None]:
             signal.signal(number, handler)
     if asked:
         raise KeyboardInterrupt
-
-
-def _connect(address: str) -> None:
-    """Ray itself would try for two minutes before it says that nobody answers."""
-    import ray
-
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-        ray.init(address=address, **QUIET)
-    except (OSError, OverflowError) as error:
-        problem = str(error).partition("\n")[0]
-        raise ValueError(f"cluster.address={address}: no Ray cluster answers there ({problem}); {REMEDY}") from None

@@ -142,7 +142,7 @@ def main(job: Callable[[dict], int | None], argv: list[str], prog: str, experime
         print("---\n".join(OmegaConf.to_yaml(OmegaConf.create(config)) for config in configs), end="")
         return 0
     worst = 0
-    for number, (config, words) in enumerate(zip(configs, jobs), start=1):
+    for number, (config, words) in enumerate(zip(configs, jobs, strict=True), start=1):
         if len(jobs) > 1:
             given = " ".join(word.lstrip("+") for word in words)
             print(f"{prog}: job {number} of {len(jobs)}: {given}", file=sys.stderr)

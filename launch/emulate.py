@@ -2,6 +2,7 @@
 
 Loads neither torch nor Ray.
 """
+
 import json
 import sys
 

@@ -9,6 +9,7 @@ STARTED = time.time()
 
 import signal  # noqa: E402 (the clock of the command starts before anything is imported)
 import sys  # noqa: E402
+from itertools import pairwise  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from launch import compose, run_folder  # noqa: E402
@@ -99,17 +100,21 @@ def _train(config: dict, folder: Path, checkpoint: Path | None, group: WorkerGro
         result["status"] = "interrupted"
     finished_at = time.time()
     marks = result.pop("first_step_marks", {})
-    summary = facts | result | {
-        "experiment": config["experiment"],
-        "target_top1": config["target_top1"],
-        "seed": config["seed"],
-        "error": error,
-        "wall_s": finished_at - STARTED,
-        "restarts": restarts,
-        "claim_s": claim.seconds,
-        "first_step": phases(marks),
-        "time_to_first_step_s": marks["first step"] - STARTED if "first step" in marks else None,
-    }
+    summary = (
+        facts
+        | result
+        | {
+            "experiment": config["experiment"],
+            "target_top1": config["target_top1"],
+            "seed": config["seed"],
+            "error": error,
+            "wall_s": finished_at - STARTED,
+            "restarts": restarts,
+            "claim_s": claim.seconds,
+            "first_step": phases(marks),
+            "time_to_first_step_s": marks["first step"] - STARTED if "first step" in marks else None,
+        }
+    )
     run_folder.write_json(folder / "result.json", run_folder.complete(folder, summary))
     print(report([folder]).text)
     if error:
@@ -120,7 +125,7 @@ def _train(config: dict, folder: Path, checkpoint: Path | None, group: WorkerGro
 def phases(marks: dict[str, float]) -> dict[str, float]:
     """Seconds of each phase of the start, from the Unix times at which they ended."""
     ends = list(marks.items())
-    return {name: end - begin for (_, begin), (name, end) in zip(ends, ends[1:], strict=False)}
+    return {name: end - begin for (_, begin), (name, end) in pairwise(ends)}
 
 
 def _opening(folder: Path, checkpoint: Path | None, contract: dict, facts: dict, group: WorkerGroup) -> str:

@@ -99,8 +99,9 @@ def _arguments(module: str, item: Function, skip: int = 0) -> Signature:
     given = item.args
     plain = given.posonlyargs + given.args
     defaults = [False] * (len(plain) - len(given.defaults)) + [True] * len(given.defaults)
-    pairs = list(zip(plain, defaults))[skip:]
-    pairs += [(argument, default is not None) for argument, default in zip(given.kwonlyargs, given.kw_defaults)]
+    pairs = list(zip(plain, defaults, strict=True))[skip:]
+    keywords = zip(given.kwonlyargs, given.kw_defaults, strict=True)
+    pairs += [(argument, default is not None) for argument, default in keywords]
     found = {argument.arg: _parameter(module, argument.annotation, default) for argument, default in pairs}
     return Signature(found, open=given.kwarg is not None)
 
@@ -116,7 +117,7 @@ def _hint(module: str, item: ast.expr | None) -> tuple[Any, bool]:
         return _hint(module, ast.parse(item.value, mode="eval").body) if isinstance(item.value, str) else (None, False)
     if isinstance(item, ast.BinOp):
         (left, one), (right, other) = _hint(module, item.left), _hint(module, item.right)
-        return Union[left, right], one or other
+        return Union[left, right], one or other  # noqa: UP007 (either may be None)
     if isinstance(item, ast.Subscript):
         return _subscript(module, SAME_AS.get(_last(item), _last(item)), item.slice)
     name = SAME_AS.get(_last(item), _last(item))
@@ -135,12 +136,12 @@ def _subscript(module: str, name: str, inside: ast.expr) -> tuple[Any, bool]:
     if name not in ("Union", "Optional", "Annotated", "list", "tuple", "dict"):
         return Any, False
     dots = [isinstance(item, ast.Constant) and item.value is Ellipsis for item in items]
-    hints = [(..., True) if dot else _hint(module, item) for item, dot in zip(items, dots)]
+    hints = [(..., True) if dot else _hint(module, item) for item, dot in zip(items, dots, strict=True)]
     args, from_yaml = tuple(hint for hint, _ in hints), any(plain for _, plain in hints)
     if name == "Annotated":
         return hints[0]
     if name in ("Union", "Optional"):
-        return Union[args + ((None,) if name == "Optional" else ())], from_yaml
+        return Union[args + ((None,) if name == "Optional" else ())], from_yaml  # noqa: UP007, F821
     return types.GenericAlias(PLAIN[name], args), all(plain for _, plain in hints)
 
 

@@ -1,9 +1,8 @@
 """All workers of a run: placed with the hosts of the mesh that they carry, prepared, watched, stopped."""
 
-import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -90,16 +89,23 @@ class WorkerGroup:
     ) -> dict:
         """Train to the end; `watch` is called with rank 0's progress several times a second. Returns rank 0's result.
 
-        At a KeyboardInterrupt all workers stop after the step at hand and save; a second one ends them at once.
+        At a KeyboardInterrupt all workers stop after the step at hand and save; a second one ends them at once. A
+        worker that gives no sign of life for `hang_timeout_s` fails the run; one that computes answers in a thread.
         """
         checkpoint = str(resume_from) if resume_from else None
         running = [actor.train.remote(run_dir, checkpoint) for actor in self.actors]
+        heartbeats = Heartbeats(self._ray, self.actors, hang_timeout_s)
+
+        def listen() -> None:
+            heartbeats.listen()
+            watch(heartbeats.progress)
+
         try:
-            return self._gather(running, watch)[0]
+            return self._gather(running, listen)[0]
         except KeyboardInterrupt:
             print("stopping after the step at hand, with a checkpoint; again: at once, without", file=sys.stderr)
             self.actors[0].stop.remote()
-            return self._gather(running, watch, hang_timeout_s)[0]
+            return self._gather(running, listen)[0]
 
     def close(self) -> None:
         """End every worker at once and give the resources back."""
@@ -113,11 +119,9 @@ class WorkerGroup:
     def _all(self, method: str) -> list[Any]:
         return self._gather([getattr(actor, method).remote() for actor in self.actors])
 
-    def _gather(
-        self, references: list[Any], watch: Callable[[Any], None] | None = None, timeout_s: float = math.inf
-    ) -> list[Any]:
+    def _gather(self, references: list[Any], meanwhile: Callable[[], None] | None = None) -> list[Any]:
         """The results of all (`references` by rank); as soon as one fails, the error that explains it best."""
-        waiting, deadline = references, monotonic() + timeout_s
+        waiting = references
         while waiting:
             ready, waiting = self._ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
             if any(self._failure(reference) for reference in ready):
@@ -126,13 +130,8 @@ class WorkerGroup:
                 ended = {*ready, *late}
                 failures = [self._failure(one, rank) for rank, one in enumerate(references) if one in ended]
                 raise min(filter(None, failures), key=_rank_of_cause)
-            if waiting and monotonic() > deadline:
-                raise WorkerFailed(f"the workers did not stop within hang_timeout_s={timeout_s:g}")
-            if waiting and watch is not None:
-                progress = self.actors[0].progress.remote()
-                answered, _ = self._ray.wait([progress], timeout=POLL_S)
-                if answered and not self._failure(progress):
-                    watch(self._ray.get(progress))
+            if waiting and meanwhile is not None:
+                meanwhile()
         return self._ray.get(references)
 
     def _failure(self, reference: Any, rank: int = 0) -> Exception | None:
@@ -148,6 +147,35 @@ class WorkerGroup:
             hosts = self.requests[rank].hosts
             return WorkerDied(f"worker {rank} (hosts {hosts.start}-{hosts.stop - 1}) died: {_death(str(error))}")
         return None
+
+
+class Heartbeats:
+    """Asks every worker for its progress, again as soon as it has answered, and notes when it last did."""
+
+    def __init__(self, ray: Any, actors: list[Any], timeout_s: float) -> None:
+        self._ray, self._actors, self._timeout_s = ray, actors, timeout_s
+        self._asked = {rank: actor.progress.remote() for rank, actor in enumerate(actors)}
+        self._answered_at = dict.fromkeys(self._asked, monotonic())
+        self.progress: Any = None
+        """Rank 0's latest."""
+
+    def listen(self) -> None:
+        """Take the answers of the next POLL_S; WorkerFailed names a worker that has been silent for too long."""
+        answered, _ = self._ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=POLL_S)
+        for rank, reference in self._asked.items():
+            if reference in answered:
+                self._answered_at[rank] = monotonic()
+                self._asked[rank] = self._actors[rank].progress.remote()
+                if rank == 0:
+                    self._take(reference)
+            elif (silence := monotonic() - self._answered_at[rank]) > self._timeout_s:
+                raise WorkerFailed(f"worker {rank} has given no sign of life for {silence:.0f} s (hang_timeout_s)")
+
+    def _take(self, reference: Any) -> None:
+        from ray.exceptions import RayError
+
+        with suppress(RayError):  # a worker that failed says why through its call of `train`
+            self.progress = self._ray.get(reference)
 
 
 def _rank_of_cause(error: Exception) -> int:

@@ -2,8 +2,8 @@
 
     python scripts/readme_results.py [RUN ...]
 
-keeps each RUN folder's config.yaml, env.json and result.json under docs/results/ and rewrites the tables between the README's
-markers. A test calls `tables` and compares.
+keeps each RUN folder's config.yaml, env.json and result.json under docs/results/ and rewrites the tables between the
+README's markers. A test calls `tables` and compares.
 """
 
 import argparse
@@ -13,9 +13,26 @@ import shutil
 import sys
 from pathlib import Path
 
+from launch.compose import compose
+from train import emulator
+from train.conditions import as_percent
+from train.records import find, load
+
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "docs" / "results"
 FILES = ("config.yaml", "env.json", "result.json")
+
+RUN_COLUMNS = (
+    "run",
+    "seed",
+    "top-1, measured",
+    "epochs",
+    "time to the target, emulated (5 % to 95 %)",
+    "time to the target, measured",
+    "images/s, measured",
+    "computed by",
+)
+RECORD_COLUMNS = ("who", "chips", "batch", "epochs", "claimed or published", "emulated (5 % to 95 %)")
 
 
 def keep(run: Path) -> None:
@@ -34,62 +51,65 @@ def tables() -> dict[str, str]:
 
 
 def runs_table() -> str:
-    lines = [
-        "| run | seed | top-1 (measured) | epochs | to the target, emulated | to the target, measured | images/s (measured) | computed by |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = [RUN_COLUMNS]
     for folder in sorted(KEPT.iterdir()):
         result = json.loads((folder / "result.json").read_text())
-        environment = json.loads((folder / "env.json").read_text())
-        reached = result["reached"]
-        lines.append(
-            f"| `{result['experiment']}`, {result['chips']:,} chips x {result['chip_batch_size']} | {result['seed']} "
-            f"| {result['top1']:.2%} of {result['num_eval']} (target {result['target_top1']:.1%}) | {result['epochs']:.1f} "
-            f"| {_seconds(result['emulated_s'], reached)} | {_seconds(result['measured_s'], reached)} | {result['images_per_s']:,.0f} "
-            f"| {result['workers']} workers, {environment['contract']['instruction_set']}, {result['precision']}, {result['numerics']} |"
+        contract = json.loads((folder / "env.json").read_text())["contract"]
+        low, high = result["emulated_interval_s"]
+        emulated = f"{result['emulated_s']:.2f} s ({low:.2f} to {high:.2f} s)"
+        measured = f"{result['measured_s']:.0f} s"
+        rows.append(
+            (
+                f"`{result['experiment']}`, {result['chips']:,} chips x {result['chip_batch_size']}",
+                str(result["seed"]),
+                f"{as_percent(result['top1'])} of {result['num_eval']} (target {as_percent(result['target_top1'])})",
+                f"{result['epochs']:.0f}",
+                emulated if result["reached"] else f"not reached ({emulated})",
+                measured if result["reached"] else f"not reached ({measured})",
+                f"{result['images_per_s']:,.0f}",
+                f"{result['workers']} workers, {contract['instruction_set']}, {result['precision']}, "
+                f"{result['numerics']}",
+            )
         )
-    return "\n".join(lines)
+    return markdown(rows)
 
 
 def record_table() -> str:
-    from launch.compose import compose
-    from train import emulator
-    from train.records import find, load
-
     config = compose([], experiment="imagenet_atlas900")
     made = emulator.build(config).run()
-    records = load()
-    low, high = made["interval_s"]
-    lines = ["| who | chips | batch | epochs | claimed or published | emulated (5 % to 95 %) |", "|---|---|---|---|---|---|"]
+    rows, records = [RECORD_COLUMNS], load()
     for name in (config["claim"]["record"], *config["claim"]["neighbours"]):
         record = find(records, name)
         batch = f"{record.global_batch:,}" if record.global_batch else "not published"
         epochs = f"{record.epochs:g}" if record.epochs else "not published"
-        lines.append(f"| {record.system} | {record.chips:,} {record.chip} | {batch} | {epochs} | {record.seconds:.1f} s | |")
-    lines.append(
-        f"| this emulator, `experiment=imagenet_atlas900` | {made['chips']:,} Ascend 910 | {made['global_batch_size']:,} "
-        f"| 64 to 72, our reading | | {made['time_to_train_s']:.1f} s ({low:.0f} to {high:.0f} s) |"
-    )
-    return "\n".join(lines)
+        rows.append((record.system, f"{record.chips:,} {record.chip}", batch, epochs, f"{record.seconds:.1f} s", ""))
+    chips, batch = f"{made['chips']:,} {made['chip']}", f"{made['global_batch_size']:,}"
+    low, high = made["interval_s"]
+    emulated = f"{made['time_to_train_s']:.1f} s ({low:.0f} to {high:.0f} s)"
+    rows.append(("this emulator, `imagenet_atlas900`", chips, batch, "64 to 72, our reading", "", emulated))
+    return markdown(rows)
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
 def fill(text: str, content: dict[str, str]) -> str:
     """The README with each table between its markers."""
     for name, table in content.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        text, count = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}\n{table}\n{end}", text, flags=re.DOTALL)
+        count = len(re.findall(f"{begin}.*?{end}", text, flags=re.DOTALL))
         if count != 1:
-            raise ValueError(f"README.md: the markers {begin} and {end} must stand there exactly once, found {count} times")
+            raise ValueError(f"README.md: the markers {begin} and {end} must stand there exactly once, found {count}")
+        before, after = text.partition(begin)[0], text.partition(end)[2]
+        text = f"{before}{begin}\n{table}\n{end}{after}"
     return text
-
-
-def _seconds(seconds: float, reached: bool) -> str:
-    return f"{seconds:.1f} s" if reached else f"not reached ({seconds:.1f} s)"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders to keep before the tables are written")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders to keep before writing")
     readme = ROOT / "README.md"
     try:
         for run in parser.parse_args().runs:

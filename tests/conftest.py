@@ -3,15 +3,16 @@
 And the Ray nodes that several tests train on, started once.
 """
 
-import os
+import secrets
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from processes import environment
 
 LEFT_OUT: pytest.StashKey[Counter] = pytest.StashKey()
 MARKS = ("slow", "gpu", "slurm", "sample")
@@ -54,16 +55,22 @@ def ray_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def ray_nodes(ray_folder: Path) -> Iterator[str]:
-    """The address of four Ray nodes (tests/ray_nodes.py)."""
-    root = Path(__file__).parents[1]
+def train_on_nodes(ray_folder: Path) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
+    """`python -m launch.run` on four Ray nodes (tests/ray_nodes.py) that ask for a token."""
+    ours = environment(ray_folder) | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     nodes = subprocess.Popen(
-        [sys.executable, root / "tests/ray_nodes.py"],
-        env={**os.environ, "PYTHONPATH": str(root), "RAY_TMPDIR": str(ray_folder)},
+        [sys.executable, Path(__file__).with_name("ray_nodes.py")],
+        env=ours,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    yield nodes.stdout.readline().strip()
+    address = nodes.stdout.readline().strip()
+
+    def train(*overrides: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "launch.run", *overrides, f"cluster.address={address}"]
+        return subprocess.run(command, env=ours, capture_output=True, text=True, timeout=90)
+
+    yield train
     nodes.communicate(timeout=60)

@@ -1,4 +1,5 @@
 """Small generated data for tests: photos in ImageNet's layout, and CIFAR-10 in each of its versions."""
+
 import io
 import struct
 import tarfile

@@ -1,4 +1,5 @@
 """Machines and configurations that the emulator's tests share."""
+
 from launch.compose import compose
 from train.mesh.mesh import Mesh
 from train.mesh.topology import Atlas900, LinkClass

@@ -26,14 +26,11 @@ class Command:
 
     def __init__(self, arguments: list[str], cwd: Path, ray_folder: Path) -> None:
         self._out, self._err = cwd / "stdout.txt", cwd / "stderr.txt"
-        ours = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "RAY_TMPDIR": str(ray_folder)}
-        set_by_others = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_ADDRESS", "RAY_AUTH_MODE"
-        inherited = {name: value for name, value in os.environ.items() if name not in set_by_others}
         with self._out.open("w") as out, self._err.open("w") as err:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
                 cwd=cwd,
-                env=inherited | ours,
+                env=environment(ray_folder),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -79,6 +76,12 @@ class Command:
             self.started |= members
             self.listening |= listening({pid for pid, _ in members} | {self.process.pid})
             time.sleep(0.4)
+
+
+def environment(ray_folder: Path) -> dict[str, str]:
+    """That of a command of this checkout, with Ray's files in a folder of their own and nothing else said of Ray."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return inherited | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "RAY_TMPDIR": str(ray_folder)}
 
 
 def wait_for(condition: Callable[[], object], patience_s: float = 60.0) -> bool:

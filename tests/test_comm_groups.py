@@ -1,5 +1,7 @@
 """Groups move exact integers between real processes over gloo; aggregators sum the same bits for every split."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -90,7 +92,7 @@ def reference() -> list[Tensor]:
 
 def aggregate(group, cuts: tuple[int, ...]) -> dict:
     """What both aggregators make of this rank's blocks, twice each (the second sum must not see the first)."""
-    shares = [range(first, last) for first, last in zip(cuts, cuts[1:], strict=False)]
+    shares = [range(first, last) for first, last in pairwise(cuts)]
     tree, fast, results = TreeAggregator(group, shares), SumAggregator(group), {}
     for _ in range(2):
         for block in shares[group.rank]:

@@ -49,7 +49,8 @@ def test_a_host_s_reduce_scatter_loads_each_of_its_links_alike():
     plan = hierarchical(atlas(1))
     links = {}
     for turn in plan.rounds():
-        for edge, chunks in zip(zip(turn.source.tolist(), turn.destination.tolist()), turn.last - turn.first):
+        edges = zip(turn.source.tolist(), turn.destination.tolist(), strict=True)
+        for edge, chunks in zip(edges, turn.last - turn.first, strict=True):
             links[edge] = links.get(edge, 0) + int(chunks)
     assert len(links) == 32 and set(links.values()) == {14}
 

@@ -1,6 +1,7 @@
 """The order of a sum is the tree's, whoever holds the blocks: shown with an addition that remembers its order."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_any_contiguous_split_sums_in_the_trees_order(num_blocks):
     for _ in range(25):
         cuts = random_cuts(random, num_blocks)
         nodes = {}
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in pairwise(cuts):
             mine = partial_sums(first, last)
             assert list(mine) == aligned_nodes(first, last)
             nodes |= mine

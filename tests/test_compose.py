@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ OPTIONS = [(group, option) for group, options in groups().items() for option in 
 def comments(path: Path) -> dict[str, str]:
     """key -> the comment line above it."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    pairs = [(above, line) for above, line in zip(lines, lines[1:]) if above.startswith("# ") and ":" in line]
+    pairs = [(above, line) for above, line in pairwise(lines) if above.startswith("# ") and ":" in line]
     return {line.partition(":")[0]: above.removeprefix("# ") for above, line in pairs}
 
 

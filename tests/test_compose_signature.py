@@ -11,7 +11,7 @@ from launch import signature
 from launch.signature import Parameter, UnknownTarget
 from train.config import fits, spell
 
-SOURCE = '''
+SOURCE = """
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Optional
 import numpy as np
@@ -53,12 +53,12 @@ class Row(NamedTuple):
 def function(anything, *args, a: dict[str, float], **more): ...
 
 alias = function
-'''
-OTHER = '''
+"""
+OTHER = """
 from typing import Literal
 Kind = Literal["p", "q"]
 class Link: ...
-'''
+"""
 
 
 @pytest.fixture(autouse=True)

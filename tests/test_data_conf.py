@@ -1,4 +1,5 @@
 """Each file of conf/data holds exactly its constructor's arguments, with the constructor's defaults."""
+
 import importlib
 import inspect
 from pathlib import Path

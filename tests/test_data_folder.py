@@ -1,4 +1,5 @@
 """Folders that are no image folders: one line that names the place, the value and the remedy."""
+
 import shutil
 
 import pytest

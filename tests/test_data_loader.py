@@ -1,5 +1,5 @@
-import threading
 import itertools
+import threading
 import time
 from types import SimpleNamespace
 

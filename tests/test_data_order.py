@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -22,7 +24,7 @@ def test_an_epoch_sees_no_sample_twice_and_drops_the_remainder():
 @pytest.mark.parametrize("cuts", [(0, 8), (0, 4, 8), (0, 1, 7, 8)])
 def test_any_split_over_workers_is_the_same_order(cuts):
     whole = Order(100, 2, 8, seed=1).indices(3, 4, 0, 8)
-    workers = [Order(100, 2, 8, seed=1).indices(3, 4, first, last) for first, last in zip(cuts, cuts[1:], strict=False)]
+    workers = [Order(100, 2, 8, seed=1).indices(3, 4, first, last) for first, last in pairwise(cuts)]
     assert (np.concatenate(workers) == whole).all()
 
 

@@ -14,7 +14,7 @@ from launch_samples import TINY
 from launch import compose, run, run_folder
 from train.build import Worker, WorkerContext
 
-ONE_HOST = ["mesh=atlas800", "workers=1"]
+ON_ONE_HOST = [*TINY, "mesh=atlas800", "workers=1"]
 
 
 @pytest.fixture
@@ -36,18 +36,6 @@ def refused(monkeypatch, capsys, tmp_path):
         return printed.err.removeprefix("launch.run: ")
 
     return refused
-
-
-@pytest.fixture
-def on_nodes(ray_nodes, tmp_path, capsys):
-    """Runs on the Ray nodes; returns the exit status and what was printed on stderr."""
-
-    def on_nodes(*overrides: str) -> tuple[int, list[str]]:
-        words = [*TINY, *ONE_HOST, f"cluster.address={ray_nodes}", f"run_root={tmp_path / 'runs'}", *overrides]
-        status = compose.main(run.train, words, "launch.run")
-        return status, capsys.readouterr().err.splitlines()
-
-    return on_nodes
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +86,7 @@ def test_a_run_root_that_is_a_file_and_a_name_that_is_taken(refused, tmp_path):
     [
         ("auto", "cluster.address=auto: neither RAY_ADDRESS nor"),
         ("head", "cluster.address=head: must be host:port of a Ray head"),
-        ("127.0.0.1:1", "cluster.address=127.0.0.1:1: no Ray cluster answers there"),
+        ("127.0.0.1:1", "cluster.address=127.0.0.1:1: no Ray head answers there"),
     ],
 )
 def test_a_cluster_that_is_not_there(address, named, tmp_path, monkeypatch, capsys):
@@ -150,10 +138,10 @@ def test_a_worker_refuses_to_be_built(overrides, named, tmp_path):
     assert named in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def test_what_only_the_worker_sees_is_refused_with_nothing_written(on_nodes, tmp_path):
-    status, said = on_nodes("chip_batch_size=1000")
+def test_what_only_the_worker_sees_is_refused_with_nothing_written(train_on_nodes, tmp_path):
+    done = train_on_nodes(*ON_ONE_HOST, "chip_batch_size=1000", f"run_root={tmp_path / 'runs'}")
     expected = "launch.run: global_batch_size=8000 (8 chips x 1000) is larger than the data set (1437 images)"
-    assert status == 2 and len(said) == 1 and said[0].startswith(expected)
+    assert done.returncode == 2 and done.stderr.startswith(expected) and done.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 
@@ -164,12 +152,13 @@ def test_what_only_the_worker_sees_is_refused_with_nothing_written(on_nodes, tmp
         ("data=imagenet data.root={photos} data.image_size=32 data.repeat=2", "unreadable image {photos}/train/"),
     ],
 )
-def test_a_run_that_fails_ends_with_the_workers_own_error(on_nodes, photos, tmp_path, overrides, named):
-    status, said = on_nodes("run=failed", "max_steps=20", *overrides.format(photos=photos).split())
+def test_a_run_that_fails_ends_with_the_workers_own_error(train_on_nodes, photos, tmp_path, overrides, named):
+    words = [*ON_ONE_HOST, *overrides.format(photos=photos).split(), "max_steps=20"]
+    done = train_on_nodes(*words, f"run_root={tmp_path / 'runs'}", "run=failed")
     result = json.loads((tmp_path / "runs/failed/result.json").read_text())
-    assert status == 1 and said[-1] == f"launch.run: the run failed: {result['error']}"
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"launch.run: the run failed: {result['error']}"
     assert result["status"] == "failed" and result["error"].startswith(named.format(photos=photos))
-    assert not any("Traceback" in line for line in said)
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_a_loss_that_is_no_number_after_the_last_step_is_null(tmp_path):

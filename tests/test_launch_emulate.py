@@ -45,7 +45,7 @@ def test_the_table_keeps_claimed_and_emulated_apart(capsys):
     assert price() == 0
     head, *rows = capsys.readouterr().out.splitlines()[:5]
     claimed, emulated = (head.index(word) + len(word) for word in ("claimed", "emulated"))
-    for row, seconds in zip(rows[:3], ("59.8 s", "38.8 s", "70.4 s")):
+    for row, seconds in zip(rows[:3], ("59.8 s", "38.8 s", "70.4 s"), strict=True):
         assert row[:claimed].endswith(seconds) and len(row) <= claimed
     assert rows[3][claimed:emulated].endswith(" s") and rows[3][claimed - 7 : claimed].strip() == ""
 

@@ -1,10 +1,8 @@
 """Jobs as commands: a run as a process that outlives the command, and as a job of a Ray head that the test starts."""
 
 import json
-import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys

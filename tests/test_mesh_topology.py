@@ -25,7 +25,7 @@ def test_routes_join_their_ends():
 
 def test_the_four_rings_use_every_directed_link_once():
     """Two full meshes of four (24 directed HCCS links) and four cross links (8 directed PCIe links)."""
-    edges = [edge for ring in Atlas900.RINGS for edge in zip(ring, ring[1:] + ring[:1])]
+    edges = [edge for ring in Atlas900.RINGS for edge in zip(ring, ring[1:] + ring[:1], strict=True)]
     hccs = {edge for four in (range(4), range(4, 8)) for edge in itertools.permutations(four, 2)}
     pcie = {(chip, chip ^ 4) for chip in range(8)}
     assert len(edges) == len(set(edges)) == 32

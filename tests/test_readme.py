@@ -27,7 +27,9 @@ def test_the_two_commands_come_first():
         assert (readme_results.ROOT / command).stat().st_mode & 0o111
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m launch.") and "[" not in c and "|" not in c])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.startswith("python -m launch.") and "[" not in c and "|" not in c]
+)
 def test_command_composes(command):
     words = shlex.split(command)[2:]
     sweep = "-m" in words
@@ -36,7 +38,9 @@ def test_command_composes(command):
         compose([override.lstrip("+") for override in overrides], experiment)
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:train|launch|conf|scripts|tests|docs)/[\w/.]*)`", README))))
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"`((?:train|launch|conf|scripts|tests|docs)/[\w/.]*)`", README)))
+)
 def test_path_exists(path):
     path = readme_results.ROOT / path.rstrip("/")
     assert path.exists() or path.with_suffix(".py").exists(), path

@@ -26,7 +26,7 @@ def write(path, rows, columns=COLUMNS):
     return path
 
 
-GOOD = dict(zip(COLUMNS, "a,A,8,chip,,256,90,75.9,76,100,,,,,,,s,yes".split(",")))
+GOOD = dict(zip(COLUMNS, "a,A,8,chip,,256,90,75.9,76,100,,,,,,,s,yes".split(","), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ case "$*" in
     "-c import venv, ensurepip") [ ! -e "$FAKES/no-venv" ] ;;
     "-c import pip") [ ! -e "$FAKES/no-pip" ] ;;
     "-c "*) ;;
-    "-m venv --clear "*) echo "venv" >> "$FAKES/log"; rm -rf "${@: -1}"; mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python" ;;
+    "-m venv --clear "*)
+        echo "venv" >> "$FAKES/log"; rm -rf "${@: -1}"; mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python" ;;
     "-m ensurepip"*) echo "ensurepip" >> "$FAKES/log" ;;
     "-m pip install"*) echo "install ${@: -1}" >> "$FAKES/log"; [ ! -e "$FAKES/no-network" ] ;;
     *) printf '%s|' "$@" >> "$FAKES/log"; echo >> "$FAKES/log" ;;

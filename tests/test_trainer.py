@@ -230,7 +230,8 @@ def test_training_evaluates_as_often_as_the_emulator_charges():
     for epochs, every, offset in rhythms:
         trainer.limits = replace(trainer.limits, epochs=epochs, eval_every=every, eval_offset=offset)
         due = 0
-        for trainer.progress.step in range(trainer.total_steps + 1):
+        for step_done in range(trainer.total_steps + 1):
+            trainer.progress.step = step_done
             due += trainer._due(every, offset)
         charged = run_time(step, 1.0, 0.0, STEPS_PER_EPOCH, epochs, every, offset)
         assert (trainer.total_steps, due) == (charged.steps, charged.evaluations), (epochs, every, offset)

@@ -7,7 +7,6 @@ Nothing here knows of Ray: `run_worker` also runs in a plain process. Whoever la
 import dataclasses
 import platform
 import resource
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import time
@@ -25,7 +24,7 @@ from train.precision import choose_device, choose_precision, describe_device
 from train.records import find, load
 from train.sim.clock import EmulatedClock
 from train.sim.workload import Workload
-from train.trainer import EVAL_BATCH_SIZE, Limits, Progress, Trainer
+from train.trainer import Limits, Progress, Trainer
 
 KEPT_CHECKPOINTS = 2
 MEMORY_PER_PASS = 2 << 30
@@ -65,7 +64,7 @@ class Worker:
         torch.set_num_threads(context.threads)
         self.device = choose_device(context.device)
         self.precision = choose_precision(config["precision"], self.device)
-        self.source = _made(config["data"])
+        self.source = emulator.make(config["data"])
         self.emulator = emulator.build(
             config,
             num_train=len(self.source.train),
@@ -80,14 +79,14 @@ class Worker:
         mine = shares[context.rank]
         self.passes = plan_passes(config, self.emulator.workload, mesh.chips_per_host, mine, self.chip_batch_size)
         torch.manual_seed(config["seed"])
-        model = _made(config["model"], num_classes=num_classes(config, self.source.num_classes))
+        model = emulator.make(config["model"], num_classes=num_classes(config, self.source.num_classes))
         self.model = model.to(self.device, memory_format=torch.channels_last)
         allocate_chips(self.model, len(mine) * mesh.chips_per_host, config["bn_span"])
-        self.optimizer = _made(config["optim"], self.model.parameters())
+        self.optimizer = emulator.make(config["optim"], self.model.parameters())
         epochs = config["epochs"][-1] if isinstance(config["epochs"], list) else config["epochs"]
-        schedule = _made(config["schedule"], epochs=epochs)
+        schedule = emulator.make(config["schedule"], epochs=epochs)
         context.marks["model and data"] = time()
-        self.group = _made(
+        self.group = emulator.make(
             config["backend"], rank=context.rank, world_size=context.world_size, store=context.store, device=self.device
         )
         context.marks["group"] = time()
@@ -297,19 +296,6 @@ def peak_memory_bytes(device: str) -> int:
 def run_worker(config: dict, context: WorkerContext, run_dir: Path, resume_from: Path | None = None) -> dict:
     """What one worker does: prepare, train, leave."""
     return Worker(config, context).train(run_dir, resume_from)
-
-
-def _made(node: dict, *args: Any, **kwargs: Any) -> Any:
-    """The object of a node with a `_target_`; a constructor's own ValueError comes through as it is."""
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
-    try:
-        return instantiate(node, *args, _convert_="all", **kwargs)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ValueError):
-            raise error.__cause__ from None
-        raise
 
 
 def num_classes(config: dict, of_data: int) -> int:

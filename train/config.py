@@ -90,7 +90,7 @@ class Config:
     run: str | None = key("name of the run folder; null: <experiment>-<date>-<time>")
     resume: str | None = key("auto: go on with the experiment's newest run; or the name of a run; null: start anew")
     checkpoint_every: float = key("epochs between checkpoints; 0: only at the end")
-    hang_timeout_s: float = key("seconds without a step after which a run counts as hanging")
+    hang_timeout_s: float = key("seconds without a sign of life of a worker after which the run fails")
 
     format: Literal["table", "json"] = key("what launch.emulate and launch.verdict print")
     explain: bool = key("print every number that moves the emulated clock, with its origin")

@@ -1,4 +1,5 @@
 """Configuration -> emulated machine: what a step, an evaluation and a whole run would take on the modelled chips."""
+
 import math
 from collections.abc import Callable
 from typing import Any
@@ -231,7 +232,7 @@ def build(
     num_train, num_eval, num_classes: of the opened data set, where there is one; else the data node's or published.
     precision: dtype of the emulated chips; None is that of their published rates, whatever this machine computes in.
     """
-    mesh, chip, collective, network = (_made(config[group]) for group in ("mesh", "chip", "collective", "network"))
+    mesh, chip, collective, network = (make(config[group]) for group in ("mesh", "chip", "collective", "network"))
     data, model, notes = config["data"], config["model"], []
     if not str(model.get("_target_", "")).endswith(".resnet"):
         raise ValueError(
@@ -246,7 +247,10 @@ def build(
     sizes = [
         given or data.get(key) or published
         for key, given, published in zip(
-            ("num_train", "num_eval", "num_classes"), (num_train, num_eval, num_classes), known or DATA_SETS["imagenet"]
+            ("num_train", "num_eval", "num_classes"),
+            (num_train, num_eval, num_classes),
+            known or DATA_SETS["imagenet"],
+            strict=True,
         )
     ]
     workload = workloads.resnet(model["depth"], model["stem"], data["image_size"], model.get("num_classes") or sizes[2])
@@ -269,13 +273,13 @@ def build(
     )
 
 
-def _made(node: dict) -> Any:
+def make(node: dict, *args: Any, **kwargs: Any) -> Any:
     """The object of a node with a `_target_`; a constructor's own ValueError comes through as it is."""
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
     try:
-        return instantiate(node, _convert_="all")
+        return instantiate(node, *args, _convert_="all", **kwargs)
     except InstantiationException as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, ValueError):

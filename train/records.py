@@ -1,4 +1,5 @@
 """Published results: one row a result, each with its source (conf/records/*.csv)."""
+
 import csv
 import math
 from dataclasses import dataclass

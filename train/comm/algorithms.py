@@ -4,6 +4,7 @@ Ring: Patarasuk and Yuan 2009. Halving-doubling: Thakur, Rabenseifner and Gropp 
 two fold the surplus first, as HCCL does. Hierarchical: HCCL's scheme on Ascend 910 (rings inside a host,
 halving-doubling between hosts).
 """
+
 from collections.abc import Iterator
 from functools import partial
 

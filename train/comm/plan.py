@@ -3,6 +3,7 @@
 A buffer is cut into `num_chunks` equal chunks (the last one short where the length doesn't divide); a transfer names
 the chunks it carries. All transfers of a round start together: what a chip sends is what it held before the round.
 """
+
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -2,6 +2,7 @@
 
 Augmentation of He et al. 2015, section 4.2: 4 pixels of padding (an eighth of the side), random crop, random flip.
 """
+
 import hashlib
 from functools import cached_property
 from typing import Literal

@@ -3,6 +3,7 @@
 Format of the versions: https://www.cs.toronto.edu/~kriz/cifar.html. The "python version" is a pickle; it is never
 loaded: its opcodes are listed (pickletools, which runs nothing) and the pixels and labels picked out.
 """
+
 import pickletools
 import tarfile
 import warnings

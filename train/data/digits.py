@@ -3,6 +3,7 @@
 Source: Alpaydin, Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998.
 The file is read without importing scikit-learn, which takes more than a second.
 """
+
 import gzip
 import hashlib
 import importlib.util

@@ -1,4 +1,5 @@
 """Image folders: one folder for each class, in train/ and val/ (or test/), as torchvision's ImageFolder reads them."""
+
 import hashlib
 import os
 from dataclasses import dataclass

@@ -3,6 +3,7 @@
 Training: random resized crop and flip; evaluation: shorter side to `resize`, centre crop (He et al. 2015; torchvision's
 references/classification, whose mean and standard deviation these are).
 """
+
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,5 @@
 """Batches prepared ahead by one background thread."""
+
 import queue
 import threading
 import time

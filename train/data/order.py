@@ -1,4 +1,5 @@
 """Which sample each chip sees at each step: a permutation by (seed, epoch), cut into steps and then into chips."""
+
 import numpy as np
 
 from train.data.streams import permutation

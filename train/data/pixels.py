@@ -3,6 +3,7 @@
 Source: torchvision.transforms (Resize, CenterCrop, RandomResizedCrop, Normalize); Szegedy et al., "Going Deeper with
 Convolutions", 2015, section 6, for the random crop. Decoding is exact: libjpeg's reduced-size mode is not used.
 """
+
 import math
 import os
 from typing import IO, TYPE_CHECKING

@@ -1,4 +1,5 @@
 """What a node of the group `data` builds: a Source with a training and an evaluation Dataset."""
+
 from typing import Protocol
 
 import numpy as np

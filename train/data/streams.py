@@ -3,6 +3,7 @@
 SplitMix64: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014; its mixer and increment
 are those of https://prng.di.unimi.it/splitmix64.c. Integer arithmetic and one exact scaling: the same bits everywhere.
 """
+
 import numpy as np
 
 GAMMA = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, the increment of SplitMix64

@@ -1,4 +1,5 @@
 """Made-up images for timing: a pattern for each class under noise; no files, next to no work."""
+
 import hashlib
 
 import numpy as np

@@ -1,5 +1,6 @@
 """Performance model of one emulated chip: published ResNet-50 rates at two batch sizes give
 seconds = fixed + images x per_image (the affine model of small-batch efficiency)."""
+
 import numpy as np
 
 from train.mesh.origin import Origin, check_positive
@@ -56,7 +57,7 @@ class Chip:
         if not points:
             known = ", ".join(sorted({a["precision"] for a in self.anchors})) or "none"
             raise ValueError(f"chip {self.name} has no published rate in {precision} (it has: {known}); set precision")
-        batches, seconds = zip(*points)
+        batches, seconds = zip(*points, strict=True)
         if len(set(batches)) == 1:
             return 0.0, float(np.mean(seconds)) / batches[0]
         per_image, fixed = np.polyfit(batches, seconds, 1)
@@ -90,11 +91,13 @@ class Chip:
         derived = f"derived: line through the {len(anchors)} anchors"
         lines.append(Origin("chip.fixed", fixed * 1e3, "ms a step", derived))
         lines.append(Origin("chip.per_image", per_image * 1e3, "ms an image", derived))
-        figures = {"tflops": (self.peak_flops.get(precision, float("nan")) / 1e12, f"TFLOP/s {precision} peak"),
-                   "hbm_gbytes": (self.hbm_bytes / 1e9, "GB"),
-                   "jitter": (self.jitter, "of compute"),
-                   "startup_s": (self.startup_s, "s"),
-                   "bucket_ends": (" ".join(map(str, self.bucket_ends)) or "one bucket", "tensors, backward order")}
+        figures = {
+            "tflops": (self.peak_flops.get(precision, float("nan")) / 1e12, f"TFLOP/s {precision} peak"),
+            "hbm_gbytes": (self.hbm_bytes / 1e9, "GB"),
+            "jitter": (self.jitter, "of compute"),
+            "startup_s": (self.startup_s, "s"),
+            "bucket_ends": (" ".join(map(str, self.bucket_ends)) or "one bucket", "tensors, backward order"),
+        }
         for key, (value, unit) in figures.items():
             lines.append(Origin(f"chip.{key}", value, unit, self.sources.get(key, "assumed: no source given")))
         return lines

@@ -1,6 +1,8 @@
 """The mesh: emulated chips with named axes, the links between them, and the map from hosts to real workers."""
+
 import math
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -39,7 +41,7 @@ class Mesh:
             )
 
     def coordinates(self, chip: int) -> dict[str, int]:
-        return dict(zip(self.axes, map(int, np.unravel_index(chip, tuple(self.axes.values())))))
+        return dict(zip(self.axes, map(int, np.unravel_index(chip, tuple(self.axes.values()))), strict=True))
 
     def chip(self, **coordinates: int) -> int:
         return int(np.ravel_multi_index([coordinates[axis] for axis in self.axes], tuple(self.axes.values())))
@@ -76,7 +78,7 @@ class Mesh:
     def rings(self, axes: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """Rings (orders of positions) along `axes` that can run at once: the host's own inside it."""
         size, host = self.size(axes), self.chips_per_host
-        if axes != tuple(self.axes)[-len(axes):] or size % host:
+        if axes != tuple(self.axes)[-len(axes) :] or size % host:
             return (tuple(range(size)),)
         inside = self.topology.rings(host)
         if size == host:
@@ -100,4 +102,4 @@ class Mesh:
             )
         size, larger = divmod(self.num_hosts, workers)
         starts = [worker * size + min(worker, larger) for worker in range(workers + 1)]
-        return [range(first, last) for first, last in zip(starts, starts[1:])]
+        return [range(first, last) for first, last in pairwise(starts)]

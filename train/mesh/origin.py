@@ -1,4 +1,5 @@
 """Where a number of the emulated machine comes from: shown by `explain=true`, one line each."""
+
 from typing import NamedTuple
 
 

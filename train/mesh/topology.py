@@ -4,6 +4,7 @@ An Atlas 900 host is two full meshes of four chips (HCCS), joined by cross links
 every chip has one 100GE RoCE port on a non-blocking fabric (Huawei Connect, 18 Sep 2019; Hot Chips 31; Huawei Cloud
 CCE guide).
 """
+
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -74,9 +75,9 @@ class Topology(Protocol):
 class Atlas900:
     """Hosts of 8 Ascend 910; see the module's docstring.
 
-        0 --- 1        4 --- 5        each square is a full mesh (HCCS, 3 links a chip),
-        |  X  |        |  X  |        0-4, 1-5, 2-6, 3-7 cross over PCIe 4.0,
-        2 --- 3        6 --- 7        every chip has a RoCE port to all hosts
+    0 --- 1        4 --- 5        each square is a full mesh (HCCS, 3 links a chip),
+    |  X  |        |  X  |        0-4, 1-5, 2-6, 3-7 cross over PCIe 4.0,
+    2 --- 3        6 --- 7        every chip has a RoCE port to all hosts
     """
 
     chips_per_host = 8

@@ -1,4 +1,5 @@
 """The emulated wall clock of a training run: it advances by what the modelled machine needs."""
+
 from train.sim.step import StepTime
 
 

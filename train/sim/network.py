@@ -1,5 +1,6 @@
 """Network models: seconds(plan, nbytes). AlphaBeta is Hockney's closed form (1994): a message costs
 alpha + bytes / bandwidth."""
+
 import numpy as np
 
 from train.comm.plan import Plan
@@ -32,7 +33,7 @@ class AlphaBeta:
         topology = plan.mesh.topology
         hops = topology.hops(source, destination)
         alpha, beta = np.zeros(len(nbytes)), np.zeros(len(nbytes))
-        for link, count in zip(topology.link_classes, hops):
+        for link, count in zip(topology.link_classes, hops, strict=True):
             alpha += count * link.message_s(nbytes)
             beta = np.maximum(beta, (count > 0) / link.bytes_per_s)
         return alpha + beta * nbytes

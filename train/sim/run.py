@@ -1,4 +1,5 @@
 """A whole run: start-up, steps and evaluations, with an interval from the epochs' spread and the model's own error."""
+
 import math
 from dataclasses import dataclass
 

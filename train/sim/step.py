@@ -8,6 +8,7 @@ exposed.
     comm                        | bucket 1 |  | 2 || 3 |
                                                 |<---->| exposed
 """
+
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def buckets(workload: Workload, ends: Sequence[int]) -> list[Bucket]:
 def exposed_s(ready: Sequence[float], durations: Sequence[float], compute_s: float) -> float:
     """How long the last bucket ends after the compute; `ready` are seconds from the start of the step."""
     end = 0.0
-    for start, duration in zip(ready, durations):
+    for start, duration in zip(ready, durations, strict=True):
         end = max(end, start) + duration
     return max(0.0, end - compute_s)
 

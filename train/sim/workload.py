@@ -3,6 +3,7 @@
 ResNet v1.5 (He et al. 2015, with the stride of a bottleneck in its 3x3 convolution); names are torchvision's.
 FLOPs are twice the multiply-adds of convolutions and the classifier; everything else counts as none.
 """
+
 from dataclasses import dataclass
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -95,8 +96,17 @@ def resnet(depth: int = 50, stem: str = "imagenet", image_size: int = 224, num_c
             stride = 2 if stage > 0 and block == 0 else 1
             name = f"layer{stage + 1}.{block}"
             channels, size = (_bottleneck if depth >= 50 else _basic)(rows, name, channels, 64 << stage, stride, size)
-    rows.layers.append(Layer("fc", "linear", 2.0 * channels * num_classes, 4.0 * channels * num_classes,
-                             (channels + 1) * num_classes, 2, num_classes))
+    rows.layers.append(
+        Layer(
+            "fc",
+            "linear",
+            2.0 * channels * num_classes,
+            4.0 * channels * num_classes,
+            (channels + 1) * num_classes,
+            2,
+            num_classes,
+        )
+    )
     return Workload(f"ResNet-{depth} ({stem} stem), {image_size} px, {num_classes} classes", tuple(rows.layers))
 
 
