@@ -73,7 +73,7 @@ def test_comments_of_config_yaml_are_the_help_texts() -> None:
         "seed.x=1": "seed: {'x': 1} is not int",
         "~seed": "seed: is missing",
         "optim.momentum=fast": "optim.momentum: 'fast' is not float (on the command line)",
-        "optim.nesterov=1": "optim.nesterov: 1 is not true or false",
+        "model.zero_init_last_gamma=1": "model.zero_init_last_gamma: 1 is not true or false",
         "model.depth=51": "model.depth: 51 is not one of 18, 34, 50, 101, 152",
         "model=null": "model: null is no option",
         "mesh.axes.host=a": "mesh.axes: {'host': 'a', 'chip': 8} is not a mapping from str to int (on the command",

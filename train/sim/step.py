@@ -91,6 +91,6 @@ def step_time(
     inside the chip's published rate.
     """
     cut = buckets(workload, bucket_ends)
-    durations = [all_reduce_s(bucket.parameters * wire_bytes) for bucket in cut] if num_chips > 1 else []
+    durations = [all_reduce_s(bucket.parameters * wire_bytes) if num_chips > 1 else 0.0 for bucket in cut]
     exposed = exposed_s([bucket.ready * compute_s for bucket in cut], durations, compute_s)
     return StepTime(compute_s, exposed, jitter * compute_s * expected_max_normal(num_chips), 0.0, 0.0)
