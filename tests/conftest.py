@@ -1,18 +1,14 @@
 """Says at the end of every test run what was left out: each skip with its reason, each mark with its count.
 
-And the Ray nodes that several tests train on, started once.
+And the folder of Ray's files.
 """
 
-import secrets
-import subprocess
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import environment
 
 LEFT_OUT: pytest.StashKey[Counter] = pytest.StashKey()
 MARKS = ("slow", "gpu", "slurm", "sample")
@@ -52,25 +48,3 @@ def ray_folder() -> Iterator[Path]:
     """Where Ray keeps its sessions in tests; its path is short, as Unix sockets need."""
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
-
-
-@pytest.fixture(scope="session")
-def train_on_nodes(ray_folder: Path) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
-    """`python -m launch.run` on four Ray nodes (tests/ray_nodes.py) that ask for a token."""
-    ours = environment(ray_folder) | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    nodes = subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("ray_nodes.py")],
-        env=ours,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    address = nodes.stdout.readline().strip()
-
-    def train(*overrides: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "launch.run", *overrides, f"cluster.address={address}"]
-        return subprocess.run(command, env=ours, capture_output=True, text=True, timeout=90)
-
-    yield train
-    nodes.communicate(timeout=60)

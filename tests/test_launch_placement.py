@@ -1,12 +1,56 @@
+"""Training on several nodes: what lies where, what is lacking, and how a worker's error comes back.
+
+The nodes live as long as these tests: idle ones would slow every other test that starts Ray.
+"""
+
 import json
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from data_samples import make_image_tree
 from launch_samples import TINY, trained_here
+from processes import environment
 from ray_nodes import CHIPS_PER_NODE, NUM_NODES
 
 from launch.cluster import Cluster
 
 STEPS = 2
+ON_ONE_HOST = [*TINY, "mesh=atlas800", "workers=1"]
+
+
+@pytest.fixture(scope="module")
+def train_on_nodes(ray_folder: Path) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
+    """`python -m launch.run` on four Ray nodes (tests/ray_nodes.py) that ask for a token."""
+    ours = environment(ray_folder) | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    nodes = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("ray_nodes.py")],
+        env=ours,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    address = nodes.stdout.readline().strip()
+
+    def train(*overrides: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "launch.run", *overrides, f"cluster.address={address}"]
+        return subprocess.run(command, env=ours, capture_output=True, text=True, timeout=90)
+
+    yield train
+    nodes.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """16 photos in ImageNet's layout, one of the training photos cut off."""
+    root = make_image_tree(tmp_path_factory.mktemp("photos"), classes=2, per_class=4, size=40)
+    broken = root / "train/n00000001/1_2.JPEG"
+    broken.write_bytes(broken.read_bytes()[:100])
+    return root
 
 
 def test_each_node_carries_its_hosts_and_the_training_is_that_of_one_worker(train_on_nodes, tmp_path):
@@ -29,6 +73,29 @@ def test_chips_that_no_node_offers_are_named(train_on_nodes, tmp_path):
     done = train_on_nodes(*TINY, "mesh=atlas900_256", "workers=4", f"run_root={tmp_path / 'runs'}")
     assert done.returncode == 2 and "lacks 256 ascend910 (there are 64)" in done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_what_only_the_worker_sees_is_refused_with_nothing_written(train_on_nodes, tmp_path):
+    done = train_on_nodes(*ON_ONE_HOST, "chip_batch_size=1000", f"run_root={tmp_path / 'runs'}")
+    expected = "launch.run: global_batch_size=8000 (8 chips x 1000) is larger than the data set (1437 images)"
+    assert done.returncode == 2 and done.stderr.startswith(expected) and done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        ("optim=sgd schedule.base_lr=1e12 schedule.warmup_epochs=0", "DivergedError: the loss is nan at step "),
+        ("data=imagenet data.root={photos} data.image_size=32 data.repeat=2", "unreadable image {photos}/train/"),
+    ],
+)
+def test_a_run_that_fails_ends_with_the_workers_own_error(train_on_nodes, photos, tmp_path, overrides, named):
+    words = [*ON_ONE_HOST, *overrides.format(photos=photos).split(), "max_steps=20"]
+    done = train_on_nodes(*words, f"run_root={tmp_path / 'runs'}", "run=failed")
+    result = json.loads((tmp_path / "runs/failed/result.json").read_text())
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"launch.run: the run failed: {result['error']}"
+    assert result["status"] == "failed" and result["error"].startswith(named.format(photos=photos))
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_a_cluster_lacks_what_its_nodes_lack_together():
