@@ -16,22 +16,19 @@ from launch import compose, run_folder  # noqa: E402
 from launch.cluster import Cluster, join  # noqa: E402
 from launch.console import Display  # noqa: E402
 from launch.worker_group import Request, WorkerFailed, WorkerGroup, started  # noqa: E402
-from train.mesh.mesh import Mesh  # noqa: E402
+from train.emulator import Emulator, build  # noqa: E402
 
 CORES_PER_AUTO_WORKER = 2
 
 
 def train(config: dict) -> int:
     """Trains ResNet as the emulated mesh would; leaves a run folder and prints its report."""
-    from train import emulator
-
     marks = {"command": STARTED, "configuration": time.time()}
     folder, checkpoint = run_folder.locate(config)
     if checkpoint is not None:
         config = run_folder.continued(config, folder)
     config = _absolute(config) | {"run": folder.name}
-    emulated = emulator.build(config)  # refuses a mesh, a chip or a batch that can't be, before anything is started
-    _refuse_early(config, emulated.mesh)
+    emulated = emulated_machine(config)
     chips = {resource_name(emulated.chip.name): emulated.mesh.num_chips}
     try:
         with join(config["cluster"], chips, _cpus(config)) as cluster:
@@ -40,14 +37,14 @@ def train(config: dict) -> int:
             requests, device = ask(config, emulated, cluster)
             with started(requests, cluster.loopback) as group:
                 marks["worker processes"] = time.time()
-                prepared = group.prepare(config, device, marks)
-                return _train(config, folder, checkpoint, group, prepared)
+                said = group.prepare(config, checkpoint, device, marks)
+                return _train(config, folder, checkpoint, group, said["contract"], said["facts"])
     except WorkerFailed as failure:  # before training: there is no run folder that could say so
         print(f"launch.run: {failure}", file=sys.stderr)
         return 1
 
 
-def ask(config: dict, emulated, cluster: Cluster) -> tuple[list[Request], str]:
+def ask(config: dict, emulated: Emulator, cluster: Cluster) -> tuple[list[Request], str]:
     """What each worker needs of the cluster, and the device they all compute on. ValueError where it can't be had."""
     gpus = int(cluster.resources.get("GPU", 0))
     cores = int(cluster.resources.get("CPU", 0))
@@ -76,13 +73,12 @@ def resource_name(chip: str) -> str:
     return "".join(c for c in chip.lower() if c.isalnum())
 
 
-def _train(config: dict, folder: Path, checkpoint: Path | None, group: WorkerGroup, prepared: list[dict]) -> int:
+def _train(config: dict, folder: Path, checkpoint: Path | None, group: WorkerGroup, contract: dict, facts: dict) -> int:
     """Everything that leaves traces: the folder, the training, the result, the report."""
     from train.records import find, load
     from train.report import report
     from train.tensorboard import write_reference_runs
 
-    contract, facts = prepared[0]["contract"], prepared[0]["facts"]
     records = load()
     claim = find(records, config["claim"]["record"])
     restarts = run_folder.read_json(folder / "env.json").get("restarts", -1) + 1
@@ -93,7 +89,7 @@ def _train(config: dict, folder: Path, checkpoint: Path | None, group: WorkerGro
         write_reference_runs(folder.parent, [claim, *(find(records, name) for name in config["claim"]["neighbours"])])
         print(_opening(folder, checkpoint, contract, facts, group), flush=True)
         with Display() as display:
-            result = group.train(str(folder), checkpoint, display.update, config["hang_timeout_s"])
+            result = group.train(folder, display.update, config["hang_timeout_s"])
     except (WorkerFailed, ValueError) as failure:
         error = str(failure)
     except KeyboardInterrupt:
@@ -145,17 +141,19 @@ def _opening(folder: Path, checkpoint: Path | None, contract: dict, facts: dict,
     return "\n".join(lines)
 
 
-def _refuse_early(config: dict, mesh: Mesh) -> None:
-    """ValueError for what needs neither Ray nor torch to be seen."""
+def emulated_machine(config: dict) -> Emulator:
+    """The machine that a run emulates; ValueError for all that is wrong and needs neither Ray nor torch to be seen."""
     from train.data.folder import data_root
     from train.records import find, load
 
+    machine = build(config)
     if config["workers"] != "auto":
-        mesh.shares(config["workers"])
+        machine.mesh.shares(config["workers"])
     for record in (config["claim"]["record"], *config["claim"]["neighbours"]):
         find(load(), record)
     if "root" in config["data"] and config["cluster"]["address"] is None:  # other machines have other folders
         data_root(config["data"]["root"])
+    return machine
 
 
 def _absolute(config: dict) -> dict:

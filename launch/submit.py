@@ -17,6 +17,7 @@ from types import ModuleType
 
 from launch import compose, jobs_local, jobs_ray, run_folder
 from launch.job_folder import Job, State, check_id, find, new_id
+from launch.run import emulated_machine
 from train.config import ConfigError
 
 KINDS: dict[str, ModuleType] = {"local": jobs_local, "ray_job": jobs_ray}
@@ -41,7 +42,7 @@ def submit(config: dict, words: list[str]) -> int:
         words = words_for_run(words, settled)
         run = compose.compose(words)
         assert (run["run_root"], run["run"]) == (str(run_root), name), "an override was not quoted well"
-        _possible(run)
+        emulated_machine(run)  # what launch.run would refuse at once is still seen here
         folder, _ = run_folder.locate(run)
         facts = {"kind": launch["kind"], "run_folder": str(folder)} | kind.prepare(run | {"launch": launch})
         if job.create(run, [kind.PYTHON, "-m", "launch.run", *words], facts):
@@ -140,15 +141,6 @@ def words_for_run(words: list[str], settled: list[str]) -> list[str]:
 
 def _key(word: str) -> str:
     return word.lstrip("+~").partition("=")[0]
-
-
-def _possible(run: dict) -> None:
-    """ValueError for what launch.run would refuse at once: here it is still seen."""
-    from train import emulator
-
-    mesh = emulator.build(run).mesh
-    if run["workers"] != "auto":
-        mesh.shares(run["workers"])
 
 
 def _resumed(config: dict) -> list[str]:

@@ -37,9 +37,16 @@ class WorkerActor:
         return host, self._listener.getsockname()[1]
 
     def prepare(
-        self, config: dict, rank: int, world_size: int, device: str, store: tuple[str, int], marks: dict
+        self,
+        config: dict,
+        checkpoint: Path | None,
+        rank: int,
+        world_size: int,
+        device: str,
+        store: tuple[str, int],
+        marks: dict,
     ) -> dict:
-        """Build everything; returns what the worker knows of the run. ValueError where the input is wrong."""
+        """Build everything; rank 0 returns what is to be said of the run. ValueError where the input is wrong."""
         with _plain_errors():
             from train.build import Worker, WorkerContext
 
@@ -52,7 +59,9 @@ class WorkerActor:
                 marks=dict(marks),
             )
             self._worker = Worker(config, context)
-            return {"contract": self._worker.contract(), "facts": self._worker.describe()}
+            if checkpoint is not None:
+                self._worker.restore(checkpoint)
+            return {"contract": self._worker.contract(), "facts": self._worker.describe()} if rank == 0 else {}
 
     def _store(self, address: tuple[str, int], rank: int, world_size: int) -> Any:
         from torch.distributed import TCPStore
@@ -65,9 +74,9 @@ class WorkerActor:
             host, port, world_size, is_master=True, wait_for_workers=False, master_listen_fd=self._listener.detach()
         )
 
-    def train(self, run_dir: str, resume_from: str | None) -> dict:
+    def train(self, run_dir: Path) -> dict:
         with _plain_errors():
-            return self._worker.train(Path(run_dir), Path(resume_from) if resume_from else None)
+            return self._worker.train(run_dir)
 
     def progress(self) -> Any:
         return self._worker.progress_callback.state

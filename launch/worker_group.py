@@ -78,22 +78,20 @@ class WorkerGroup:
             for rank, (request, address) in enumerate(zip(self.requests, self.addresses, strict=True))
         ]
 
-    def prepare(self, config: dict, device: str, marks: dict[str, float]) -> list[dict]:
-        """Build every worker; the answers of WorkerActor.prepare, by rank."""
+    def prepare(self, config: dict, checkpoint: Path | None, device: str, marks: dict[str, float]) -> dict:
+        """Build every worker, as it stood at the checkpoint; returns what rank 0 says of the run."""
         store = self._gather([self.actors[0].offer_store.remote()])[0]
         settings = len(self.actors), device, store, marks
-        return self._gather([actor.prepare.remote(config, rank, *settings) for rank, actor in enumerate(self.actors)])
+        actors = enumerate(self.actors)
+        return self._gather([actor.prepare.remote(config, checkpoint, rank, *settings) for rank, actor in actors])[0]
 
-    def train(
-        self, run_dir: str, resume_from: Path | None, watch: Callable[[Any], None], hang_timeout_s: float
-    ) -> dict:
+    def train(self, run_dir: Path, watch: Callable[[Any], None], hang_timeout_s: float) -> dict:
         """Train to the end; `watch` is called with rank 0's progress several times a second. Returns rank 0's result.
 
         At a KeyboardInterrupt all workers stop after the step at hand and save; a second one ends them at once. A
         worker that gives no sign of life for `hang_timeout_s` fails the run; one that computes answers in a thread.
         """
-        checkpoint = str(resume_from) if resume_from else None
-        running = [actor.train.remote(run_dir, checkpoint) for actor in self.actors]
+        running = [actor.train.remote(run_dir) for actor in self.actors]
         heartbeats = Heartbeats(self._ray, self.actors, hang_timeout_s)
 
         def listen() -> None:

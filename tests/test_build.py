@@ -92,6 +92,7 @@ def test_a_worker_restores_the_statistics_of_its_own_chips():
 def test_the_contract_and_the_facts_are_those_of_the_configuration():
     worker = Worker(tiny("bn_span=2"), WorkerContext())
     contract, facts = worker.contract(), worker.describe()
+    assert {type(value) for value in contract.values()} <= {str, int}  # no type of torch, or the driver would import it
     assert (contract["numerics"], contract["block_chips"], contract["threads"]) == ("exact", 8, 1)
     assert (contract["chips_per_pass"], contract["bn_span_chips"], contract["precision"]) == (8, 2, "fp32")
     numbers = {"chips": 24, "global_batch_size": 48, "steps_per_epoch": 29, "total_steps": 4}

@@ -109,3 +109,13 @@ def test_a_cluster_lacks_what_its_nodes_lack_together():
         cluster.demand([{"CPU": 1, "ascend910": 8}] * 3)
     with pytest.raises(ValueError, match="workers=1: no node of the cluster has 1 CPU, 16 ascend910, which one worker"):
         cluster.demand([{"CPU": 1, "ascend910": 16}])
+
+
+def test_a_checkpoint_of_another_contract_is_refused_and_the_run_left_as_it_was(train_on_nodes, tmp_path):
+    words = [*ON_ONE_HOST, f"run_root={tmp_path / 'runs'}"]
+    assert train_on_nodes(*words, "run=mine", "max_steps=1").returncode == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "runs/mine").rglob("*") if path.is_file()}
+    done = train_on_nodes(*words, "resume=mine", "max_steps=2", "threads=2")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "the checkpoint has threads=1, this run 2" in done.stderr
+    assert before == {path: path.read_bytes() for path in (tmp_path / "runs/mine").rglob("*") if path.is_file()}

@@ -123,15 +123,22 @@ def test_ctrl_c_saves_and_resume_auto_goes_on(start, tmp_path):
     assert second["weights_sha256"] == whole["weights_sha256"]
 
 
-def test_a_killed_worker_fails_the_run_within_seconds(start, tmp_path):
+@pytest.mark.parametrize(
+    "end, error",
+    [
+        (signal.SIGKILL, "worker 1 (hosts 4-7) died: "),
+        (signal.SIGSTOP, "worker 1 has given no sign of life for 3 s (hang_timeout_s)"),
+    ],
+)
+def test_a_killed_or_hanging_worker_fails_the_run_within_seconds(start, tmp_path, end, error):
     run = tmp_path / "runs/killed"
-    command = start("run=killed", "workers=2", ENDLESS)
+    command = start("run=killed", "workers=2", "hang_timeout_s=3", ENDLESS)
     until_it_trains(command, run)
-    os.kill(read(run / "env.json")["placement"][1]["pid"], signal.SIGKILL)
+    os.kill(read(run / "env.json")["placement"][1]["pid"], end)
     assert wait_for(lambda: command.process.poll() is not None, AT_ONCE_S)
     assert command.wait() == 1
     result = read(run / "result.json")
-    assert result["status"] == "failed" and result["error"].startswith("worker 1 (hosts 4-7) died: ")
+    assert result["status"] == "failed" and result["error"].startswith(error)
     assert result["error"].count("\n") == 0 and result["steps"] >= 1 and result["weights_sha256"] is None
     assert f"launch.run: the run failed: {result['error']}" in command.stderr.splitlines()
     assert "Traceback" not in command.stderr

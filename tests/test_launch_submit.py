@@ -112,6 +112,9 @@ def test_a_submitted_job_gets_absolute_paths_and_its_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(jobs_local, "start", lambda job: None)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "images").mkdir()
+    tmp_path /= "here"
     monkeypatch.chdir(tmp_path)
     given = [*SMALL, "run_root=my runs", "data=cifar10", "data.root=../images", "seed=3", "job=one"]
     assert call(monkeypatch, *given) == 0

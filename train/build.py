@@ -142,7 +142,7 @@ class Worker:
             "evaluation_statistics": "mean over all chips",
             "device": self.device,
             "instruction_set": describe_device(self.device),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # a subclass of str, which would have the driver import torch
             "python": platform.python_version(),
         }
 
@@ -167,11 +167,9 @@ class Worker:
             "notes": self.emulator.notes,
         }
 
-    def train(self, run_dir: Path, resume_from: Path | None = None) -> dict:
+    def train(self, run_dir: Path) -> dict:
         """Train to the end; rank 0 writes metrics and checkpoints into `run_dir`. Returns what result.json needs."""
         torch.set_num_threads(self.context.threads)  # again: the count is the thread's, and this may be another one
-        if resume_from is not None:
-            self._restore(resume_from)
         run = RunInfo(self, run_dir, self.trainer.progress.step)
         callbacks = self._callbacks(run_dir, run.resumed_step) if self.context.rank == 0 else []
         for callback in callbacks:
@@ -245,10 +243,11 @@ class Worker:
             checkpoint.keep_last(folder, KEPT_CHECKPOINTS)
         self.group.barrier()
 
-    def _restore(self, path: Path) -> None:
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint. ValueError where it is another training's; nothing is written."""
         state = checkpoint.load(path)
         for key, value in self._identity().items():
-            saved = state["run"].get(key)
+            saved = state.get("run", {}).get(key)
             if saved != value:
                 raise ValueError(f"{path}: the checkpoint has {key}={saved}, this run {value}; start a new run")
         self.model.load_state_dict(state["model"])
@@ -295,7 +294,10 @@ def peak_memory_bytes(device: str) -> int:
 
 def run_worker(config: dict, context: WorkerContext, run_dir: Path, resume_from: Path | None = None) -> dict:
     """What one worker does: prepare, train, leave."""
-    return Worker(config, context).train(run_dir, resume_from)
+    worker = Worker(config, context)
+    if resume_from is not None:
+        worker.restore(resume_from)
+    return worker.train(run_dir)
 
 
 def num_classes(config: dict, of_data: int) -> int:

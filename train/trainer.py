@@ -73,6 +73,18 @@ class Callback(Protocol):
     def on_eval(self, record: EvalRecord) -> None: ...
 
 
+class Optimizer(Protocol):
+    """torch's optimizers, and train.optim's; each group of parameters is a dictionary with its learning rate `lr`."""
+
+    param_groups: list[dict]
+
+    def step(self) -> None: ...
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
 @dataclass(frozen=True)
 class Limits:
     """When the run evaluates, saves and stops. Epochs are counted in steps / steps per epoch."""
@@ -110,7 +122,7 @@ class Trainer:
         model: nn.Module,
         source: Source,
         order: Order,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         schedule: Callable[[float], float],
         gradients: Aggregator,
         statistics: Aggregator,
@@ -187,6 +199,8 @@ class Trainer:
         progress.top1, progress.eval_loss = correct / len(dataset), loss / len(dataset)
         progress.reached = progress.top1 >= self.limits.target_top1
         progress.evaluated_at = progress.step
+        if not math.isfinite(progress.eval_loss):
+            raise DivergedError(f"the loss over the held-out images is {progress.eval_loss} after step {progress.step}")
         now = time.perf_counter()
         progress.measured_s = now - self._started_at
         return EvalRecord(
@@ -241,7 +255,8 @@ class Trainer:
         for settings in self.optimizer.param_groups:
             settings["lr"] = learning_rate
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for p in self.parameters:
+            p.grad = None
         progress.step += 1
         self.clock.advance_step()
         now = time.perf_counter()

@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from train.optim.parameters import split_by_decay
 
 
-class LARS(torch.optim.Optimizer):
-    """The learning rate stands inside the momentum, as in MLPerf's reference; vectors take plain momentum steps."""
+class LARS:
+    """The learning rate stands inside the momentum, as in MLPerf's reference; vectors take plain momentum steps.
+
+    It has what training needs of `torch.optim.Optimizer` and does not derive from it: the first use of that class
+    imports torch's compiler, a second of every worker's start.
+    """
 
     def __init__(
         self,
@@ -32,28 +36,35 @@ class LARS(torch.optim.Optimizer):
             if value < 0:
                 raise ValueError(f"optim.{name}={value}: must not be negative")
         matrices, vectors = split_by_decay(parameters)
-        groups = [
-            {"params": matrices, "weight_decay": weight_decay, "scaled": True},
-            {"params": vectors, "weight_decay": 0.0, "scaled": False},
+        common = {"lr": 0.0, "momentum": momentum, "coefficient": coefficient, "epsilon": epsilon}
+        self.param_groups = [
+            {"params": matrices, "weight_decay": weight_decay, "scaled": True} | common,
+            {"params": vectors, "weight_decay": 0.0, "scaled": False} | common,
         ]
-        super().__init__(groups, {"lr": 0.0, "momentum": momentum, "coefficient": coefficient, "epsilon": epsilon})
+        self._velocities = {p: torch.zeros_like(p) for p in (*matrices, *vectors)}
+
+    def state_dict(self) -> dict:
+        """The velocities in the parameters' order; the settings are the configuration's."""
+        return {"velocities": list(self._velocities.values())}
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def load_state_dict(self, state: dict) -> None:
+        for velocity, saved in zip(self._velocities.values(), state["velocities"], strict=True):
+            velocity.copy_(saved)
+
+    @torch.no_grad()
+    def step(self) -> None:
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
-            for p in parameters:
-                if "velocity" not in self.state[p]:
-                    self.state[p]["velocity"] = torch.zeros_like(p)
             gradients = [p.grad for p in parameters]
             rates = [group["lr"]] * len(parameters)
             if group["scaled"]:
                 rates = [group["lr"] * t for t in self._trust(parameters, gradients, group)]
             if group["weight_decay"]:
                 gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
-            velocities = [self.state[p]["velocity"] for p in parameters]
+            velocities = [self._velocities[p] for p in parameters]
             torch._foreach_mul_(velocities, group["momentum"])
             torch._foreach_add_(velocities, torch._foreach_mul(gradients, rates))
             torch._foreach_sub_(parameters, velocities)
