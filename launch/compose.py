@@ -6,6 +6,7 @@ on stderr.
 """
 
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -130,7 +131,7 @@ def main(job: Callable[[dict], int | None], argv: list[str], prog: str, experime
             if flag not in FLAGS:
                 raise ConfigError(flag, "no such option" + nearest(flag, FLAGS))
         if {"-h", "--help"} & set(flags):
-            print(usage(prog, inspect.getdoc(job) or "", CONF, experiment))
+            say(usage(prog, inspect.getdoc(job) or "", CONF, experiment))
             return 0
         jobs = expand(overrides, sweep=bool({"-m", "--multirun"} & set(flags)))
         configs = [_compose(words, experiment) for words in jobs]
@@ -139,7 +140,7 @@ def main(job: Callable[[dict], int | None], argv: list[str], prog: str, experime
     if "--cfg" in flags:
         from omegaconf import OmegaConf
 
-        print("---\n".join(OmegaConf.to_yaml(OmegaConf.create(config)) for config in configs), end="")
+        say("---\n".join(OmegaConf.to_yaml(OmegaConf.create(config)) for config in configs).rstrip())
         return 0
     worst = 0
     for number, (config, words) in enumerate(zip(configs, jobs, strict=True), start=1):
@@ -155,6 +156,14 @@ def main(job: Callable[[dict], int | None], argv: list[str], prog: str, experime
             return 1
         worst = max(worst, status)
     return worst
+
+
+def say(text: str) -> None:
+    """Print to a reader that may stop reading, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(prog: str, error: Exception) -> int:

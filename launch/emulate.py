@@ -36,14 +36,14 @@ def emulate(config: dict) -> None:
         result["neighbours"] = [claimed(record) for record in neighbours]
         if origins:
             result["origins"] = [origin._asdict() for origin in origins]
-        print(json.dumps(result))
+        compose.say(json.dumps(result))
         return
-    print(table(result, [claim, *neighbours]))
+    compose.say(table(result, [claim, *neighbours]))
     if origins:
-        print("\nWhere the numbers come from")
+        compose.say("\nWhere the numbers come from")
         for name, value, unit, origin in origins:
             figure = f"{value:,.6g}" if isinstance(value, (int, float)) else value
-            print(f"  {name:<22} {figure + ' ' + unit:<34} {origin}")
+            compose.say(f"  {name:<22} {figure + ' ' + unit:<34} {origin}")
 
 
 def keep_chip_batch(config: dict) -> dict:

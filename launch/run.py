@@ -9,6 +9,7 @@ STARTED = time.time()
 
 import signal  # noqa: E402 (the clock of the command starts before anything is imported)
 import sys  # noqa: E402
+from functools import wraps  # noqa: E402
 from itertools import pairwise  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -21,9 +22,9 @@ from train.emulator import Emulator, build  # noqa: E402
 CORES_PER_AUTO_WORKER = 2
 
 
-def train(config: dict) -> int:
+def train(config: dict, started_at: float | None = None) -> int:
     """Trains ResNet as the emulated mesh would; leaves a run folder and prints its report."""
-    marks = {"command": STARTED, "configuration": time.time()}
+    marks = {"command": started_at or time.time(), "configuration": time.time()}
     folder, checkpoint = run_folder.locate(config)
     if checkpoint is not None:
         config = run_folder.continued(config, folder)
@@ -38,7 +39,7 @@ def train(config: dict) -> int:
             with started(requests, cluster.loopback) as group:
                 marks["worker processes"] = time.time()
                 said = group.prepare(config, checkpoint, device, marks)
-                return _train(config, folder, checkpoint, group, said["contract"], said["facts"])
+                return _train(config, folder, checkpoint, group, said, marks["command"])
     except WorkerFailed as failure:  # before training: there is no run folder that could say so
         print(f"launch.run: {failure}", file=sys.stderr)
         return 1
@@ -73,13 +74,15 @@ def resource_name(chip: str) -> str:
     return "".join(c for c in chip.lower() if c.isalnum())
 
 
-def _train(config: dict, folder: Path, checkpoint: Path | None, group: WorkerGroup, contract: dict, facts: dict) -> int:
+def _train(
+    config: dict, folder: Path, checkpoint: Path | None, group: WorkerGroup, said: dict, started_at: float
+) -> int:
     """Everything that leaves traces: the folder, the training, the result, the report."""
     from train.records import find, load
     from train.report import report
     from train.tensorboard import write_reference_runs
 
-    records = load()
+    contract, facts, records = said["contract"], said["facts"], load()
     claim = find(records, config["claim"]["record"])
     restarts = run_folder.read_json(folder / "env.json").get("restarts", -1) + 1
     environment = run_folder.environment() | {"contract": contract, "placement": group.placement()}
@@ -104,11 +107,11 @@ def _train(config: dict, folder: Path, checkpoint: Path | None, group: WorkerGro
             "target_top1": config["target_top1"],
             "seed": config["seed"],
             "error": error,
-            "wall_s": finished_at - STARTED,
+            "wall_s": finished_at - started_at,
             "restarts": restarts,
             "claim_s": claim.seconds,
             "first_step": phases(marks),
-            "time_to_first_step_s": marks["first step"] - STARTED if "first step" in marks else None,
+            "time_to_first_step_s": marks["first step"] - started_at if "first step" in marks else None,
         }
     )
     run_folder.write_json(folder / "result.json", run_folder.complete(folder, summary))
@@ -176,7 +179,13 @@ def _interrupt(*_: object) -> None:
 
 
 def main() -> int:
-    return compose.main(train, sys.argv[1:], "launch.run")
+    starts = iter([STARTED])  # the first job's clock starts with the command, those of a sweep's others with themselves
+
+    @wraps(train)
+    def job(config: dict) -> int:
+        return train(config, next(starts, None))
+
+    return compose.main(job, sys.argv[1:], "launch.run")
 
 
 if __name__ == "__main__":

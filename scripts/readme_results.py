@@ -2,7 +2,7 @@
 
     python scripts/readme_results.py [RUN ...]
 
-keeps each RUN folder's config.yaml, env.json and result.json under docs/results/ and rewrites the tables between the
+keeps each RUN folder's env.json and result.json under docs/results/ and rewrites the tables between the
 README's markers. A test calls `tables` and compares.
 """
 
@@ -20,7 +20,7 @@ from train.records import find, load
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "docs" / "results"
-FILES = ("config.yaml", "env.json", "result.json")
+FILES = ("env.json", "result.json")
 
 RUN_COLUMNS = (
     "run",
