@@ -138,6 +138,7 @@ def _opening(folder: Path, checkpoint: Path | None, contract: dict, facts: dict,
         f"numerics {contract['numerics']}: blocks of {contract['block_chips']} chips, {contract['order']}, "
         f"{contract['threads']} thread(s) a worker, {contract['precision']} ({contract['precision_reason']}), "
         f"batch norm over {contract['bn_span_chips']} chip(s), {contract['wire_dtype']}",
+        *(f"data     {note}" for note in facts["data"]["notes"]),
         *(f"note     {note}" for note in facts["notes"]),
         f"watch    tensorboard --logdir {folder.parent}",
     ]

@@ -37,6 +37,21 @@ def test_claimed_emulated_and_measured_have_columns_of_their_own(finished):
     assert row(text, "images/s") == ["-", f"{12 * 512 / result()['emulated_s']:,.0f}", f"{12 * 512 / 26:,.0f}"]
 
 
+def test_an_emulated_time_carries_its_interval_and_memory_is_measured(finished):
+    text, seconds = report([finished]).text, result()["emulated_s"]
+    interval = f"{0.8 * seconds:.2f} to {1.25 * seconds:.2f} s"
+    assert row(text, "5 % to 95 %, by the model's error") == ["-", interval, "-"]
+    assert row(text, "peak memory of a worker") == ["-", "-", "2.0 GB"]
+
+
+def test_what_is_to_be_known_of_the_data_is_said(tmp_path):
+    run = make_run(tmp_path / "photos")
+    changed = json.loads((run / "result.json").read_text())
+    changed["data"]["notes"] = ["the same photos train and evaluate"]
+    (run / "result.json").write_text(json.dumps(changed))
+    assert "## About the data\n\n- the same photos train and evaluate\n" in report([run]).text
+
+
 def test_text_fits_100_columns_and_is_the_markdown_file(finished):
     made = report([finished])
     assert (finished / "report.md").read_text() == made.text

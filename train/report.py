@@ -72,6 +72,7 @@ def _report(run_dir: Path, records: list[Record]) -> RunReport:
         "conditions": [asdict(condition) for condition in differing],
         "claim": asdict(claim) if claim else None,
         "neighbours": [asdict(record) for record in neighbours],
+        "data_notes": (result.get("data") or {}).get("notes") or [],
         "notes": result.get("notes") or [],
         "contract": contract,
         "time_to_first_step_s": result.get("time_to_first_step_s"),
@@ -164,6 +165,8 @@ def _markdown(
             lines += ["", *_wrap(f"Same as the claim: {', '.join(same)}.")]
     if neighbours:
         lines += ["", "## Published neighbours of the claim", "", *_bullets(map(_record, neighbours))]
+    if data["data_notes"]:
+        lines += ["", "## About the data", "", *_bullets(data["data_notes"])]
     if data["notes"]:
         lines += ["", "## What the emulated clock assumes", "", *_bullets(data["notes"])]
     if data["contract"]:
