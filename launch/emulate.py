@@ -4,6 +4,7 @@ Loads neither torch nor Ray.
 """
 
 import json
+import math
 import sys
 
 from launch import compose
@@ -51,9 +52,7 @@ def keep_chip_batch(config: dict) -> dict:
     if config["chip_batch_size"] is not None:
         return {**config, "global_batch_size": None}
     axes = compose.compose([f"experiment={config['experiment']}"])["mesh"]["axes"]
-    chips = 1
-    for size in axes.values():
-        chips *= size
+    chips = math.prod(axes.values())
     return {**config, "chip_batch_size": max(1, config["global_batch_size"] // chips), "global_batch_size": None}
 
 

@@ -5,7 +5,6 @@ config.yaml (resolved), command.txt (exact), job.json (kind, addresses, run fold
 
 import json
 import os
-import re
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from launch.run_folder import RESERVED, write_json
+from launch.run_folder import NAME, RESERVED, write_json
 from train.config import ConfigError
 from train.metrics import write_aside
 
@@ -101,7 +100,7 @@ def find(run_root: Path, name: str | None, action: str) -> Job:
 
 def check_id(key: str, name: str) -> None:
     """Ids name folders and stand on command lines: nothing in them may need care."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or len(name) > MAX_ID or name in RESERVED:
+    if not NAME.fullmatch(name) or len(name) > MAX_ID or name in RESERVED:
         taken = ", ".join(sorted(RESERVED))
         raise ConfigError(key, f"{name!r}: an id is up to {MAX_ID} letters, digits, '.', '_' and '-', none of {taken}")
 

@@ -153,8 +153,9 @@ def emulated_machine(config: dict) -> Emulator:
     machine = build(config)
     if config["workers"] != "auto":
         machine.mesh.shares(config["workers"])
+    records = load()
     for record in (config["claim"]["record"], *config["claim"]["neighbours"]):
-        find(load(), record)
+        find(records, record)
     if "root" in config["data"] and config["cluster"]["address"] is None:  # other machines have other folders
         data_root(config["data"]["root"])
     return machine

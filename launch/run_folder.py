@@ -1,21 +1,22 @@
 """The folder of a run: its name, what is in it before and after training, and which one a run continues."""
 
 import json
-import math
 import os
 import platform
 import re
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from launch.compose import load_run_config
 from train.checkpoint_files import list_checkpoints
 from train.config import ConfigError
-from train.metrics import read_rows, write_aside
+from train.metrics import finite, read_rows, write_aside
 
 RESERVED = {"reference", "jobs", "verdict", "multirun"}
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""Of runs and of jobs: names folders and stands on command lines, so nothing in it may need care."""
+
 PACKAGES = ("torch", "torchvision", "ray", "hydra-core", "tensorboard", "numpy", "scikit-learn")
 
 
@@ -68,15 +69,7 @@ def create(folder: Path, config: dict, environment: dict, resumed: bool) -> None
 
 def write_json(path: Path, content: dict) -> None:
     """A number that is not finite (a loss after the last step of a run that diverged) becomes null."""
-    write_aside(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_aside(path, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict:
@@ -108,7 +101,7 @@ def environment() -> dict:
 def _check_name(key: str, name: str | None) -> None:
     if name is None or (key == "resume" and name == "auto"):
         return
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in RESERVED:
+    if not NAME.fullmatch(name) or name in RESERVED:
         taken = ", ".join(sorted(RESERVED))
         raise ValueError(f"{key}={name}: a run's name is letters, digits, '.', '_' and '-', none of {taken}")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from launch.compose import compose
 from train import emulator
 from train.conditions import as_percent
+from train.metrics import write_aside
 from train.records import find, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,9 +119,7 @@ def main() -> int:
     except ValueError as error:
         print(f"readme_results: {error}", file=sys.stderr)
         return 2
-    aside = readme.with_suffix(".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(readme)
+    write_aside(readme, text)
     return 0
 
 

@@ -7,8 +7,9 @@ from torch import nn
 
 from train.models.chip_norm import norm_layers
 from train.models.profile import profile
-from train.models.resnet import BLOCKS_PER_STAGE, resnet
+from train.models.resnet import resnet
 from train.sim import workload
+from train.sim.workload import BLOCKS
 
 
 def on_meta(make, *args, **kwargs) -> nn.Module:
@@ -20,7 +21,7 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("depth", sorted(BLOCKS_PER_STAGE))
+@pytest.mark.parametrize("depth", sorted(BLOCKS))
 def test_names_and_shapes_are_torchvisions(depth):
     models = on_meta(resnet, depth), on_meta(getattr(torchvision.models, f"resnet{depth}"))
     ours, theirs = ([(name, t.shape, t.dtype) for name, t in model.state_dict().items()] for model in models)
@@ -73,7 +74,7 @@ def test_the_small_stem_keeps_the_image_and_pools_nothing():
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
-@pytest.mark.parametrize("depth", sorted(BLOCKS_PER_STAGE))
+@pytest.mark.parametrize("depth", sorted(BLOCKS))
 def test_the_models_own_profile_is_the_workload_table(depth, stem):
     model = on_meta(resnet, depth, stem, 10)
     for size in (224, 33, 32):

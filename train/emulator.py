@@ -4,13 +4,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from train.comm.plan import Plan
 from train.mesh.chip import Chip
 from train.mesh.mesh import Mesh
 from train.mesh.origin import Origin
 from train.sim import workload as workloads
 from train.sim.network import AlphaBeta
-from train.sim.run import RunTime, run_time
+from train.sim.run import INTERVAL, RunTime, quantile, run_time
 from train.sim.step import WIRE_BYTES, StepTime, step_time
 from train.sim.workload import Workload
 
@@ -20,7 +22,6 @@ DATA_SETS = {
     "cifar10": (50_000, 10_000, 10),  # Krizhevsky 2009
     "digits": (1_437, 360, 10),  # train/data/digits: 1,797 scans, 36 of each class held out
 }
-NORMAL_95 = 1.6449  # the standard normal distribution's 95 % quantile
 LARGEST_REFERENCE_BATCH = 67_840  # MLPerf's reference convergence points for ResNet-50 end here
 
 
@@ -126,8 +127,8 @@ class Emulator:
 
     def interval_s(self, seconds: float) -> tuple[float, float]:
         """[5 %, 95 %] around an emulated time whose steps and evaluations are known: the model's error alone."""
-        spread = math.exp(NORMAL_95 * self.network.model_error)
-        return seconds / spread, seconds * spread
+        low, high = (quantile(np.array([seconds]), self.network.model_error, q) for q in INTERVAL)
+        return low, high
 
     def run(self) -> dict:
         """The object that `launch.emulate format=json` prints; every time in it is emulated."""

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from train.tensorboard import TensorBoardSink
 
@@ -84,8 +84,16 @@ class JsonlSink:
 
 
 def _line(row: dict) -> str:
-    values = {tag: value if math.isfinite(value) else None for tag, value in row["values"].items()}
-    return json.dumps({**row, "values": values}, allow_nan=False) + "\n"
+    return json.dumps(finite(row), allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """Plain data with null for every number that is not finite: JSON has no word for it."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_rows(run_dir: str | Path) -> Iterator[dict]:

@@ -7,6 +7,8 @@ parts is schematic.
 
 import json
 
+from train.metrics import finite
+
 NUM_STEPS = 20
 MAX_EVALS = 500  # the last ones, so that the file stays under 2 MB
 
@@ -62,7 +64,7 @@ def dumps(steps: list[dict], evals: list[dict], name: str) -> str:
         "otherData": {"emulated": "positions on the emulated clock", "measured": "positions on the measured clock"},
         "traceEvents": events(steps, evals, name),
     }
-    return json.dumps(_finite(text), allow_nan=False, separators=(",", ":"))
+    return json.dumps(finite(text), allow_nan=False, separators=(",", ":"))
 
 
 def _process(process: int, name: str, lanes: dict[str, str]) -> list[dict]:
@@ -85,11 +87,3 @@ def _event(process: int, lanes: dict[str, str], key: str, begin_s: float, second
         "dur": round(1e6 * seconds, 3),
         "args": args,
     }
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value

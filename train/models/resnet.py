@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from train.models.chip_norm import ChipBatchNorm2d, ChipPass
 from train.models.conv import Conv2d
+from train.sim.workload import BLOCKS
 
-BLOCKS_PER_STAGE = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 STAGE_WIDTHS = (64, 128, 256, 512)
 
 
@@ -83,7 +83,7 @@ class ResNet(nn.Module):
         self.bn1 = ChipBatchNorm2d(64, chip_pass)
         self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
         inputs = 64
-        for stage, (width, blocks) in enumerate(zip(STAGE_WIDTHS, BLOCKS_PER_STAGE[depth], strict=True), 1):
+        for stage, (width, blocks) in enumerate(zip(STAGE_WIDTHS, BLOCKS[depth], strict=True), 1):
             layers = []
             for i in range(blocks):
                 layers.append(block(inputs, width, 2 if stage > 1 and i == 0 else 1, chip_pass))
@@ -107,8 +107,8 @@ def resnet(
 
     `zero_init_last_gamma` starts every residual branch at zero (Goyal et al. 2017, section 5.1).
     """
-    if depth not in BLOCKS_PER_STAGE:
-        raise ValueError(f"model.depth={depth}: there is no such ResNet; use one of {sorted(BLOCKS_PER_STAGE)}")
+    if depth not in BLOCKS:
+        raise ValueError(f"model.depth={depth}: there is no such ResNet; use one of {sorted(BLOCKS)}")
     if stem not in ("imagenet", "small"):
         raise ValueError(f"model.stem={stem}: use imagenet or small")
     if num_classes < 2:

@@ -7,6 +7,9 @@ import numpy as np
 
 from train.sim.step import StepTime
 
+INTERVAL = (0.05, 0.95)
+"""The quantiles between which an emulated time is said to lie."""
+
 
 @dataclass(frozen=True)
 class RunTime:
@@ -45,7 +48,6 @@ def run_time(
     eval_every: float,
     eval_offset: float = 0.0,
     model_error: float = 0.0,
-    quantiles: tuple[float, float] = (0.05, 0.95),
 ) -> RunTime:
     """epochs: a number, or [low, high] of a uniform distribution. model_error: sigma of a log-normal factor, median 1.
 
@@ -76,11 +78,11 @@ def run_time(
         other_s=steps * step.other_s,
         eval_s=evals * eval_s,
         startup_s=startup_s,
-        interval_s=tuple(_quantile(times, model_error, q) for q in quantiles),
+        interval_s=tuple(quantile(times, model_error, q) for q in INTERVAL),
     )
 
 
-def _quantile(times: np.ndarray, sigma: float, q: float) -> float:
+def quantile(times: np.ndarray, sigma: float, q: float) -> float:
     """Quantile of (one of `times`, all as likely) x exp(sigma x standard normal), by bisection on its distribution."""
     if sigma == 0:
         return float(np.quantile(times, q, method="hazen"))
