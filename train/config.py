@@ -68,12 +68,16 @@ class Config:
 
     experiment: str = key("name of the experiment: the chosen file of conf/experiment")
     workers: int | Literal["auto"] = key("Ray workers that share the chips; auto: one per GPU, or per two CPU cores")
+    shares: list[int] | None = key("blocks of each worker; null: as equal as can be")
     threads: int | Literal["auto"] = key("torch threads per worker; auto: the cores divided by the workers")
     device: Literal["auto", "cpu", "cuda"] = key("where the workers compute; auto: cuda where there is one")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = key("dtype of the real computation; auto: the fastest here")
+    loss_scale: float | Literal["auto", "dynamic"] = key("factor of the loss; auto: dynamic in fp16, else 1")
     wire_dtype: Literal["fp32", "bf16", "fp16"] = key("dtype of the gradients on the emulated wire")
+    gradient_sum: Literal["fp32", "plan"] = key("fp32: wire_dtype only moves the clock; plan: it rounds every sum too")
     numerics: Literal["exact", "fast"] = key("exact: same bits for any split over workers; fast: the backend's order")
     bn_span: int = key("chips that share their batch-norm statistics")
+    bn_rule: Literal["mean", "chip_0"] = key("whose running statistics evaluation uses and weights are saved with")
     chips_per_pass: int | Literal["auto"] = key("chips a worker computes at once; auto: as many as its memory holds")
 
     chip_batch_size: int | None = key("images per chip and step; null: from global_batch_size")
@@ -83,6 +87,8 @@ class Config:
     eval_every: float = key("epochs between evaluations")
     eval_offset: float = key("epochs before the first evaluation")
     label_smoothing: float = key("share of the label that is spread over all classes")
+    clip_norm: float | None = key("largest norm of the whole gradient; null: no clipping")
+    ema_decay: float | None = key("decay a step of the averaged weights that are evaluated; null: no averaging")
     seed: int = key("seed of weights, order and augmentation")
     max_steps: int | None = key("stop after so many steps; null: no limit")
 
@@ -117,6 +123,9 @@ class Config:
             _demand(self, name, lambda value: value > 0, "must be above 0")
         for name in ("eval_offset", "checkpoint_every", "seed"):
             _demand(self, name, lambda value: value >= 0, "must not be negative")
+        for name in ("clip_norm", "loss_scale"):
+            _demand(self, name, lambda value: isinstance(value, str) or value > 0, "must be above 0")
+        _demand(self, "ema_decay", lambda value: 0 < value < 1, "must be above 0 and below 1")
         _demand(self, "label_smoothing", lambda value: 0 <= value < 1, "must be at least 0 and below 1")
 
         percent = f" (a fraction: {self.target_top1} % is {self.target_top1 / 100:g})" if self.target_top1 > 1 else ""
