@@ -20,6 +20,8 @@ from train.config import Config, ConfigError, fits, nearest, show, spell
 CONF = Path(__file__).resolve().parent.parent / "conf"
 HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_"}
 
+NO_RECIPE = "none"
+
 FLAGS = ("-m", "--multirun", "--cfg", "-h", "--help")
 
 HANDED_OVER = {
@@ -82,39 +84,63 @@ def expand(overrides: list[str] | tuple[str, ...], sweep: bool) -> list[list[str
 
 
 def _compose(overrides: list[str], experiment: str | None) -> dict:
-    import hydra
-    from hydra.errors import HydraException, MissingConfigException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     if experiment and "experiment" not in keys:
         overrides = [f"experiment={experiment}", *overrides]
     for given, follows in (("chip_batch_size", "global_batch_size"), ("global_batch_size", "chip_batch_size")):
         if given in keys and follows not in keys:
             overrides = [*overrides, f"++{follows}=null"]  # the command line replaces the experiment's batch size
+    given = [word.partition("=")[2] for word in overrides if word.startswith("recipe=")]
+    config, chosen = _composed([word for word in overrides if not word.startswith("recipe=")], overrides)
+    recipe = given[-1] if given else config.get("recipe", NO_RECIPE)
+    if recipe != NO_RECIPE:
+        # Composed without the experiment, so that none of its own values stay in what the recipe sets.
+        rest = [word for word in overrides if not word.startswith(("recipe=", "experiment="))]
+        alone, of_recipe = _composed([*rest, f"recipe={recipe}", "~experiment"], overrides)
+        sets = _set_by_recipe(recipe)
+        config |= {name: alone[name] for name in sets}
+        chosen |= {name: of_recipe[name] for name in sets & set(of_recipe)}
+    chosen["recipe"] = recipe
+    config |= {"experiment": chosen["experiment"], "recipe": recipe}
+    try:
+        check(config)
+    except ConfigError as error:
+        raise ConfigError(error.key, error.problem + _origin(error.key, keys, chosen)) from error
+    return config
+
+
+def _composed(words: list[str], on_command_line: list[str]) -> tuple[dict, dict]:
+    """What Hydra makes of the overrides: the plain values, and the chosen option of each group."""
+    import hydra
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra.compose("config", overrides, return_hydra_config=True)
+            composed = hydra.compose("config", words, return_hydra_config=True)
         chosen = OmegaConf.to_container(composed.hydra.runtime.choices)
         OmegaConf.set_struct(composed, False)
         del composed["hydra"]
-        config: dict = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True), chosen
     except MissingConfigException as error:
-        raise _missing_option(error.missing_cfg_file or "", overrides) from error
+        raise _missing_option(error.missing_cfg_file or "", on_command_line) from error
     except OmegaConfBaseException as error:
         raise ConfigError(error.full_key or "", _first_line(error)) from error
     except YAMLError as error:
         raise ConfigError("", " ".join(f"not YAML: {error}".split())) from error
     except HydraException as error:
         raise ConfigError("", _first_line(error.__cause__ or error)) from error
-    config["experiment"] = chosen["experiment"]
-    try:
-        check(config)
-    except ConfigError as error:
-        raise ConfigError(error.key, error.problem + _origin(error.key, keys, chosen)) from error
-    return config
+
+
+def _set_by_recipe(recipe: str) -> set[str]:
+    """The keys and groups that a recipe's file sets, which are then its alone (and the command line's)."""
+    found: set[str] = set()
+    for plain in map(_plain, _bases(f"recipe/{recipe}")):
+        entries = [name for entry in plain.pop("defaults", ()) if isinstance(entry, dict) for name in entry]
+        found |= {*plain, *(name.rpartition("/")[2] for name in entries)}
+    return found
 
 
 def main(job: Callable[[dict], int | None], argv: list[str], prog: str, experiment: str | None = None) -> int:
@@ -258,12 +284,12 @@ def _missing_option(file: str, overrides: list[str]) -> ConfigError:
 
 
 def _origin(key: str, on_command_line: list[str], chosen: dict) -> str:
-    """' (in FILE)': who set a key: the command line, the experiment, or the group's option."""
+    """' (in FILE)': who set a key: the command line, the recipe, the experiment, or the group's option."""
     names = set(on_command_line) - set(groups())
     if any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in names):
         return " (on the command line)"
     group, _, rest = key.partition(".")
-    places = [(name, key) for name in _bases(f"experiment/{chosen.get('experiment')}")]
+    places = [(name, key) for top in ("recipe", "experiment") for name in _bases(f"{top}/{chosen.get(top)}")]
     places += [(name, rest) for name in _bases(f"{group}/{chosen.get(group)}")] + [("config", key)]
     for name, inside in places:
         if inside and inside in dict(_leaves("", _plain(name), branches=True)):

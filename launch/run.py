@@ -9,6 +9,7 @@ STARTED = time.time()
 
 import signal  # noqa: E402 (the clock of the command starts before anything is imported)
 import sys  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 from functools import wraps  # noqa: E402
 from itertools import pairwise  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -17,7 +18,8 @@ from launch import compose, run_folder  # noqa: E402
 from launch.cluster import Cluster, join  # noqa: E402
 from launch.console import Display  # noqa: E402
 from launch.worker_group import Request, WorkerFailed, WorkerGroup, started  # noqa: E402
-from train.emulator import Emulator, build  # noqa: E402
+from train.emulator import Emulator, build, check_training  # noqa: E402
+from train.mesh.blocks import blocks  # noqa: E402
 
 CORES_PER_AUTO_WORKER = 2
 
@@ -25,10 +27,15 @@ CORES_PER_AUTO_WORKER = 2
 def train(config: dict, started_at: float | None = None) -> int:
     """Trains ResNet as the emulated mesh would; leaves a run folder and prints its report."""
     marks = {"command": started_at or time.time(), "configuration": time.time()}
+    config = _absolute(config)
+    done = run_folder.finished(config)
+    if done is not None:
+        print(f"done already: {done}")
+        return 0
     folder, checkpoint = run_folder.locate(config)
     if checkpoint is not None:
         config = run_folder.continued(config, folder)
-    config = _absolute(config) | {"run": folder.name}
+    config = config | {"run": folder.name}
     emulated = emulated_machine(config)
     chips = {resource_name(emulated.chip.name): emulated.mesh.num_chips}
     try:
@@ -49,12 +56,11 @@ def ask(config: dict, emulated: Emulator, cluster: Cluster) -> tuple[list[Reques
     """What each worker needs of the cluster, and the device they all compute on. ValueError where it can't be had."""
     gpus = int(cluster.resources.get("GPU", 0))
     cores = int(cluster.resources.get("CPU", 0))
-    hosts = emulated.mesh.num_hosts
-    workers = config["workers"]
-    if workers == "auto":
+    split = blocks(config, emulated.mesh)
+    workers = wanted_workers(config)
+    if workers is None:
         usable = gpus if gpus and config["device"] != "cpu" else max(cores // CORES_PER_AUTO_WORKER, 1)
-        workers = min(usable, hosts)
-    shares = emulated.mesh.shares(workers)
+        workers = min(usable, split.count)
     device = config["device"]
     if device == "auto":
         device = "cuda" if gpus >= workers else "cpu"
@@ -64,9 +70,19 @@ def ask(config: dict, emulated: Emulator, cluster: Cluster) -> tuple[list[Reques
         threads = 1 if config["numerics"] == "exact" and device == "cpu" else max(cores // workers, 1)
     chips, resource = emulated.mesh.chips_per_host, resource_name(emulated.chip.name)
     on_gpu = int(device == "cuda")
-    requests = [Request(share, len(share) * chips, resource, threads, on_gpu) for share in shares]
+    hosts = [range(share.start * split.hosts, share.stop * split.hosts) for share in split.shares(workers)]
+    requests = [Request(mine, len(mine) * chips, resource, threads, on_gpu) for mine in hosts]
     cluster.demand([request.bundle() for request in requests])
     return requests, device
+
+
+def wanted_workers(config: dict) -> int | None:
+    """How many workers the configuration asks for; None: as many as the cluster is good for."""
+    if config["workers"] != "auto":
+        return config["workers"]
+    if config["gradient_sum"] == "plan":
+        return 1
+    return None if config["shares"] is None else len(config["shares"])
 
 
 def resource_name(chip: str) -> str:
@@ -86,7 +102,7 @@ def _train(
     claim = find(records, config["claim"]["record"])
     restarts = run_folder.read_json(folder / "env.json").get("restarts", -1) + 1
     environment = run_folder.environment() | {"contract": contract, "placement": group.placement()}
-    run_folder.create(folder, config, environment | {"restarts": restarts}, resumed=checkpoint is not None)
+    held = run_folder.create(folder, config, environment | {"restarts": restarts}, resumed=checkpoint is not None)
     result, error = {"status": "failed"}, None
     try:
         write_reference_runs(folder.parent, [claim, *(find(records, name) for name in config["claim"]["neighbours"])])
@@ -115,6 +131,7 @@ def _train(
         }
     )
     run_folder.write_json(folder / "result.json", run_folder.complete(folder, summary))
+    held.close()
     print(report([folder]).text)
     if error:
         print(f"launch.run: the run failed: {error}", file=sys.stderr)
@@ -135,7 +152,8 @@ def _opening(folder: Path, checkpoint: Path | None, contract: dict, facts: dict,
         *resumed,
         f"mesh     {facts['chips']} emulated chips, {facts['chip_batch_size']} images each = "
         f"{facts['global_batch_size']} a step; {hosts}",
-        f"numerics {contract['numerics']}: blocks of {contract['block_chips']} chips, {contract['order']}, "
+        f"numerics {contract['numerics']}: blocks of {contract['block_chips']} chips ({contract['block_reason']}), "
+        f"{contract['order']}, "
         f"{contract['threads']} thread(s) a worker, {contract['precision']} ({contract['precision_reason']}), "
         f"batch norm over {contract['bn_span_chips']} chip(s), {contract['wire_dtype']}",
         *(f"data     {note}" for note in facts["data"]["notes"]),
@@ -150,9 +168,9 @@ def emulated_machine(config: dict) -> Emulator:
     from train.data.folder import data_root
     from train.records import find, load
 
+    check_training(config)
     machine = build(config)
-    if config["workers"] != "auto":
-        machine.mesh.shares(config["workers"])
+    blocks(config, machine.mesh)
     records = load()
     for record in (config["claim"]["record"], *config["claim"]["neighbours"]):
         find(records, record)
@@ -171,7 +189,7 @@ def _absolute(config: dict) -> dict:
 
 def _cpus(config: dict) -> int:
     """Processors to offer in a cluster started here, so that a request for more workers than cores still fits."""
-    workers = 1 if config["workers"] == "auto" else config["workers"]
+    workers = wanted_workers(config) or 1
     threads = 1 if config["threads"] == "auto" else config["threads"]
     return workers * threads
 
@@ -182,12 +200,25 @@ def _interrupt(*_: object) -> None:
 
 def main() -> int:
     starts = iter([STARTED])  # the first job's clock starts with the command, those of a sweep's others with themselves
+    names: Iterator[str] | None = None
 
     @wraps(train)
     def job(config: dict) -> int:
+        nonlocal names
+        if names is None:  # compose.main has found the command line right by now
+            names = iter(_names(sys.argv[1:]))
+        name = next(names)
+        if name and not config["run"]:
+            config = config | {"run": f"{config['experiment']}-{name}"}
         return train(config, next(starts, None))
 
     return compose.main(job, sys.argv[1:], "launch.run")
+
+
+def _names(argv: list[str]) -> list[str]:
+    """What each job of a sweep is called beside its experiment; nothing for a single job."""
+    words = [word for word in argv if not word.startswith("-")]
+    return run_folder.sweep_names(compose.expand(words, sweep=bool({"-m", "--multirun"} & set(argv))))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ WIDTH = 116
 EXAMPLES = (
     ("--cfg", "show the configuration"),
     ("experiment=imagenet_atlas900 data.root=/data/imagenet", "another experiment"),
+    ("experiment=synthetic recipe=sgd_256", "another recipe"),
     ("optim=lars schedule.base_lr=1.0 seed=1", "another optimizer, other values"),
     ("-m seed=1,2,3", "a sweep: one job after the other"),
 )

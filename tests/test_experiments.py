@@ -16,6 +16,7 @@ ON_8_CHIPS = ["mesh=atlas800", f"max_steps={STEPS}"]
 OVERRIDES = {
     "digits_atlas": ["chip_batch_size=2"],
     "cifar10_atlas": ["data.root={photos}", "chip_batch_size=2", "data.repeat=2"],
+    "cifar10_bn_span": ["data.root={photos}", "chip_batch_size=2", "data.repeat=2"],
     "imagenet_atlas900": ["data.root={photos}", "global_batch_size=16", "data.image_size=64", "data.repeat=2"],
     "synthetic": ["chip_batch_size=2", "data.image_size=64", "data.num_train=64", "data.num_eval=16"],
 }

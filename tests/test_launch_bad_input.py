@@ -105,7 +105,7 @@ def test_the_command_says_it_in_one_line_without_torch_or_ray(tmp_path):
         ("chip_batch_size=1000", "global_batch_size=64000 (64 chips x 1000) is larger than the data set (1437 images)"),
         ("global_batch_size=100", "global_batch_size=100 does not divide among 64 chips"),
         ("chip_batch_size=1 data.image_size=32 model.stem=imagenet", "the last batch norms one value per channel"),
-        ("bn_span=3", "bn_span=3: must divide the 8 chips of a block"),
+        ("bn_span=3", "bn_span=3: must divide the 8 chips of a host, or be whole hosts"),
         ("chips_per_pass=3", "chips_per_pass=3: numerics=exact computes one block of 8 chips a pass"),
         ("schedule.base_lr=-1", "schedule.base_lr=-1"),
         ("optim=sgd optim.momentum=-1", "optim.momentum=-1"),

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from emulator_samples import atlas
 
+from train.mesh.blocks import blocks
 from train.mesh.mesh import Mesh
 
 
@@ -34,6 +35,35 @@ def test_shares_are_contiguous_larger_first(hosts, workers, sizes):
     shares = atlas(hosts).shares(workers)
     assert [len(share) for share in shares] == sizes
     assert [host for share in shares for host in share] == list(range(hosts))
+
+
+def test_shares_may_be_given_and_are_of_blocks():
+    assert atlas(8).shares(3, [5, 1, 2]) == [range(0, 5), range(5, 6), range(6, 8)]
+    assert atlas(8).shares(2, [1, 3], hosts_per_block=2) == [range(0, 1), range(1, 4)]
+    assert atlas(6).shares(2, hosts_per_block=2) == [range(0, 2), range(2, 3)]
+
+
+@pytest.mark.parametrize(
+    "span, block",
+    [(1, 8), (8, 8), (16, 16), (24, 24), (32, 32), (48, 48), (96, 96), (9, None), (40, None), (192, None)],
+)
+def test_a_block_is_a_host_or_a_span_that_divides_the_mesh(span, block):
+    config = {"bn_span": span, "shares": None, "workers": "auto"}
+    if block is None:
+        with pytest.raises(ValueError, match=f"bn_span={span}: .* one of 1, 2, 4, 8, 16, 24, 32, 48, 96$"):
+            blocks(config, atlas(12))
+        return
+    found = blocks(config, atlas(12))
+    assert (found.chips, found.count * block) == (block, 96)
+    assert found.shares(1) == [range(96 // block)]
+
+
+def test_wrong_shares_are_seen_before_anything_starts():
+    blocks({"bn_span": 16, "shares": [3, 1, 2], "workers": "auto"}, atlas(12))
+    with pytest.raises(ValueError, match=r"shares=\[3, 1\] are those of 2 workers, not of workers=3"):
+        blocks({"bn_span": 1, "shares": [3, 1], "workers": 3}, atlas(4))
+    with pytest.raises(ValueError, match=r"shares=\[3, 2\] sum to 5, not to the 6 blocks of .*blocks of 2 hosts"):
+        blocks({"bn_span": 16, "shares": [3, 2], "workers": "auto"}, atlas(12))
 
 
 @pytest.mark.parametrize("workers, named", [(9, "workers=9 is more than the 8 hosts"), (0, "workers=0")])

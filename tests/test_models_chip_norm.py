@@ -4,10 +4,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from train.models.chip_norm import ChipBatchNorm2d, ChipPass, allocate_chips, chip_moments, evaluation_moments
+from scripts.bench_chip_norm import layer_row, network
+from train.models.chip_norm import (
+    LOOP,
+    LOOP_VALUES_CPU,
+    ROWS,
+    ChipBatchNorm2d,
+    ChipPass,
+    Form,
+    allocate_chips,
+    chip_moments,
+    evaluation_moments,
+    fastest_form,
+    normalise,
+)
 
 CHIPS, IMAGES = 8, 3
 CLOSE = {"rtol": 0, "atol": 1e-12}
+FORMS = pytest.mark.parametrize("form", [LOOP, ROWS], ids=["loop", "rows"])
 
 
 def layers(norm) -> nn.Sequential:
@@ -113,3 +127,152 @@ def test_moments_are_the_layers_own_tensors_and_are_not_saved():
     evaluation_moments(model)[0].fill_(2)
     assert bool((model[1].chip_var == 3).all()) and bool((model[1].running_mean == 2).all())
     assert model.state_dict().keys() == layers(nn.BatchNorm2d).state_dict().keys()
+
+
+def pass_of(
+    channels: int, size: int, sizes: tuple[int, ...], dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images with channels last (mean and spread differ by channel), the output's gradient, weight, bias."""
+    generator = torch.Generator().manual_seed(1)
+    images, gradient = torch.randn(2, sum(sizes), channels, size, size, dtype=torch.float64, generator=generator)
+    images = images * torch.linspace(0.1, 3, channels).view(-1, 1, 1) + torch.linspace(-2, 2, channels).view(-1, 1, 1)
+    weight, bias = torch.linspace(0.5, 1.5, channels), torch.linspace(-1, 1, channels)
+    images, gradient = (tensor.to(dtype, memory_format=torch.channels_last) for tensor in (images, gradient))
+    # as under autocast, parameters stay in float32
+    wide = torch.promote_types(dtype, torch.float32)
+    return images, gradient, weight.to(wide), bias.to(wide)
+
+
+def separate(images: Tensor, gradient: Tensor, weight: Tensor, bias: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+    """Output, gradients of images, weight and bias, each group's mean and variance by torch's batch norm."""
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in (images, weight, bias)]
+    moments = [(torch.zeros_like(weight), torch.ones_like(weight)) for _ in sizes]
+    parts = zip(leaves[0].split(sizes), moments, strict=True)
+    output = torch.cat([nn.functional.batch_norm(x, *moment, *leaves[1:], True, 1.0) for x, moment in parts])
+    means, variances = zip(*moments, strict=True)
+    return [output, *torch.autograd.grad(output, leaves, gradient), torch.stack(means), torch.stack(variances)]
+
+
+def ours(
+    images: Tensor, gradient: Tensor, weight: Tensor, bias: Tensor, sizes: tuple[int, ...], form: Form | None = None
+) -> list[Tensor]:
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in (images, weight, bias)]
+    output, mean, var = normalise(*leaves, 1e-5, sizes, form)
+    values = torch.tensor(sizes, dtype=var.dtype).unsqueeze(1) * images.shape[2] * images.shape[3]
+    return [output, *torch.autograd.grad(output, leaves, gradient), mean, var * values / (values - 1)]
+
+
+def errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
+    """Relative to each tensor's norm."""
+    pairs = [(one.detach().double(), other.detach().double()) for one, other in zip(found, expected, strict=True)]
+    return [float((one - other).norm() / other.norm()) for one, other in pairs]
+
+
+@FORMS
+@pytest.mark.parametrize(("channels", "size"), [(64, 1), (40, 2), (16, 7), (3, 16)])
+@pytest.mark.parametrize("images", [2, 8])
+def test_each_form_is_torchs_batch_norm_chip_by_chip(form, channels, size, images):
+    """In bfloat16 it is no further from the exact result of the same input than torch's own."""
+    sizes = (images,) * 5
+    for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        inputs = pass_of(channels, size, sizes, dtype)
+        assert max(errors(ours(*inputs, sizes, form), separate(*inputs, sizes))) < limit
+    inputs = pass_of(channels, size, sizes, torch.bfloat16)
+    exact = separate(*(tensor.double() for tensor in inputs), sizes)
+    found, theirs = errors(ours(*inputs, sizes, form), exact), errors(separate(*inputs, sizes), exact)
+    assert all(mine <= 1.02 * their + 1e-5 for mine, their in zip(found, theirs, strict=True))
+
+
+@FORMS
+def test_gradients_are_those_of_finite_differences(form):
+    images, _, *parameters = pass_of(2, 2, (2, 2))
+    leaves = [leaf.requires_grad_() for leaf in (images, *parameters)]
+    assert torch.autograd.gradcheck(lambda *inputs: normalise(*inputs, 1e-5, (2, 2), form)[0], leaves)
+
+
+@pytest.mark.parametrize("less", [0, 1])
+def test_the_forms_meet_at_the_threshold(less):
+    """Right on both sides, with more chips than are computed at once and a last chunk that is not full."""
+    sizes, channels = (2,) * 6, LOOP_VALUES_CPU * torch.get_num_threads() // 8 - less
+    inputs = pass_of(channels, 2, sizes)
+    assert fastest_form(inputs[0], sizes) is (ROWS if less else LOOP)
+    assert max(errors(ours(*inputs, sizes), separate(*inputs, sizes))) < 1e-12
+
+
+def test_autocast_rounds_no_statistics():
+    sizes = (2, 2, 2)
+    images, gradient, weight, bias = pass_of(8, 2, sizes, torch.float32)
+    for form in (LOOP, ROWS):
+        plain = ours(images, gradient, weight, bias, sizes, form)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = ours(images, gradient, weight, bias, sizes, form)
+        assert all(map(torch.equal, plain, cast))
+
+
+@pytest.mark.parametrize("layout", ["channels first", "strided", "expanded gradient"])
+def test_other_memory_formats_are_still_right(layout):
+    sizes = (2, 2, 2)
+    images, gradient, weight, bias = pass_of(5, 4, sizes)
+    if layout == "channels first":
+        images = images.contiguous()
+    elif layout == "strided":
+        images = pass_of(5, 8, sizes)[0][:, :, ::2, 1::2]
+    else:
+        gradient = gradient[:, :, :1, :1].expand_as(images)
+    inputs = (images, gradient, weight, bias, sizes)
+    for form in (None, LOOP):
+        assert max(errors(ours(*inputs, form), separate(*inputs))) < 1e-12
+
+
+@pytest.mark.parametrize("span", [1, 2])
+def test_chips_of_different_sizes(span):
+    """Also the running statistics, whose unbiased variance depends on a group's own number of images."""
+    sizes = (2, 5, 3, 2)
+    groups = tuple(sum(sizes[i : i + span]) for i in range(0, 4, span))
+    images, gradient, weight, bias = pass_of(6, 3, groups)
+    norm = ChipBatchNorm2d(6, ChipPass(0, 4, span, sizes), momentum=1.0).double()
+    allocate_chips(norm, 4, span)
+    output, *_, means, variances = separate(images, gradient, torch.ones_like(weight), torch.zeros_like(bias), groups)
+    assert fastest_form(images, groups) is (LOOP if len(set(groups)) > 1 else ROWS)
+    assert max(errors([norm(images), norm.chip_mean, norm.chip_var], [output, means, variances])) < 1e-12
+    norm.chip_pass.sizes = (2, 5, 3)
+    with pytest.raises(ValueError, match=r"ChipPass.sizes=\(2, 5, 3\): need 4 chips with 12 images"):
+        norm(images)
+
+
+def test_running_statistics_stay_float32_under_autocast_and_change_in_place():
+    norm = ChipBatchNorm2d(16, ChipPass(2, 4))
+    allocate_chips(norm, 8, 1)
+    mean, var = norm.chip_mean, norm.chip_var
+    images = pass_of(16, 2, (3,) * 4, torch.bfloat16)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(images).dtype is torch.bfloat16
+    assert norm.chip_mean is mean and norm.chip_var is var and mean.dtype is var.dtype is torch.float32
+    assert [bool(row.any()) for row in mean] == [False, False, True, True, True, True, False, False]
+    expected = nn.BatchNorm2d(16)
+    expected(images[3:6].float())
+    torch.testing.assert_close(var[3], expected.running_var, rtol=1e-5, atol=1e-5)
+
+
+def test_one_value_for_a_channel_is_refused():
+    norm = ChipBatchNorm2d(4, ChipPass(0, 3))
+    allocate_chips(norm, 3, 1)
+    with pytest.raises(ValueError, match="chip_batch_size=1: .*images are 1 x 1; use at least 2"):
+        norm(torch.zeros(3, 4, 1, 1))
+    assert norm(torch.zeros(3, 4, 2, 1)).shape == (3, 4, 2, 1)
+    with pytest.raises(ValueError, match="a pass of 7 images can't be 3 equal groups"):
+        norm(torch.zeros(7, 4, 2, 2))
+
+
+def test_the_benchmarks_three_networks_differ_in_their_batch_norm_only():
+    """One chip with the whole batch is one plain batch norm: the tax compares like with like."""
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        plain, loop, ours = (network(kind, 1, "cpu").double()(images) for kind in ("plain", "loop", "ours"))
+    assert torch.equal(plain, loop) and max(errors([ours], [plain])) < 1e-10
+
+
+def test_the_benchmark_says_which_form_is_taken():
+    rows, loop = (layer_row(channels, 1, 3, 2, 1) for channels in (8, LOOP_VALUES_CPU * torch.get_num_threads()))
+    assert (rows["taken"], loop["taken"]) == ("rows", "loop")
+    assert rows["ms"].keys() == {"plain", "plain loop", "loop", "rows"} and rows["values"] == 16

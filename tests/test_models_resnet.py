@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
-from train.models.chip_norm import norm_layers
+from train.models.chip_norm import allocate_chips, norm_layers
 from train.models.profile import profile
 from train.models.resnet import resnet
 from train.sim import workload
@@ -82,12 +82,40 @@ def test_the_models_own_profile_is_the_workload_table(depth, stem):
     assert model.training
 
 
+@pytest.mark.parametrize("momentum", [0.1, 0.03, 1.0])
+def test_momentum_is_torchs_share_of_the_new_batch_not_mindspores_share_of_the_old(momentum):
+    model = resnet(18, "small", 4, bn_momentum=momentum, bn_eps=1e-3)
+    assert {norm.eps for norm in norm_layers(model)} == {1e-3} and len(norm_layers(model)) == 20
+    allocate_chips(model, 1, 1)
+    torch.manual_seed(3)
+    images = torch.randn(2, 3, 8, 8) + 5
+    with torch.no_grad():
+        model(images)
+        batch = model.conv1(images)
+    start_mean, start_var = torch.zeros(64), torch.ones(64)
+    mean, var = batch.mean((0, 2, 3)), batch.var((0, 2, 3))  # unbiased
+    theirs = 1 - momentum  # what MindSpore's nn.BatchNorm2d is given for the same training
+    torch.testing.assert_close(model.bn1.chip_mean[0], theirs * start_mean + (1 - theirs) * mean)
+    torch.testing.assert_close(model.bn1.chip_var[0], theirs * start_var + (1 - theirs) * var)
+    norm = nn.BatchNorm2d(64, momentum=momentum)
+    norm(batch)
+    torch.testing.assert_close(model.bn1.chip_mean[0], norm.running_mean)
+
+
+def test_momentum_and_epsilon_are_torchvisions_unless_given():
+    ours, theirs = norm_layers(on_meta(resnet))[0], on_meta(torchvision.models.resnet50).bn1
+    assert (ours.momentum, ours.eps) == (theirs.momentum, theirs.eps) == (0.1, 1e-5)
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [
         ({"depth": 49}, "model.depth=49: .*18, 34, 50, 101, 152"),
         ({"num_classes": 1}, "model.num_classes=1: "),
         ({"stem": "big"}, "model.stem=big: "),
+        ({"bn_momentum": 0.0}, "model.bn_momentum=0.0: the share of the new batch"),
+        ({"bn_momentum": 1.1}, "model.bn_momentum=1.1: "),
+        ({"bn_eps": 0.0}, "model.bn_eps=0.0: must be positive"),
     ],
 )
 def test_what_is_no_resnet_is_refused(arguments, named):

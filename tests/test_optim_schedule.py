@@ -1,8 +1,10 @@
-"""Learning rates at the points where the formula is easy."""
+"""Learning rates at the points where the formula is easy, and step by step beside torch's schedulers."""
 
 import pytest
+import torch
+from torch.optim import lr_scheduler
 
-from train.optim.schedule import Cosine, Polynomial
+from train.optim.schedule import Cosine, MultiStep, Polynomial
 
 
 def test_polynomial_golden_values():
@@ -29,6 +31,55 @@ def test_cosine_golden_values():
     assert {epoch: rate(epoch) for epoch in expected} == pytest.approx(expected, rel=1e-14)
 
 
+def test_multistep_golden_values():
+    rate = MultiStep(epochs=90, base_lr=0.4, warmup_epochs=5, milestones=[30, 60, 80], factor=0.1)
+    expected = {0: 0.0, 2.5: 0.2, 5: 0.4, 29.99: 0.4, 30: 0.04, 59.9: 0.04, 60: 0.004, 80: 0.0004, 90: 0.0004}
+    assert {epoch: rate(epoch) for epoch in expected} == pytest.approx(expected, rel=1e-14)
+    assert MultiStep(epochs=1, base_lr=1.0, warmup_epochs=0, milestones=[])(1) == 1.0
+
+
+STEPS, WARM, ALL = 7, 3, 20  # steps an epoch, epochs of warm-up, epochs
+TORCH = {
+    "polynomial": (
+        Polynomial(epochs=ALL, base_lr=2.0, end_lr=0.0, power=2, warmup_epochs=WARM),
+        lambda optimizer: lr_scheduler.PolynomialLR(optimizer, (ALL - WARM) * STEPS, power=2),
+    ),
+    "cosine": (
+        Cosine(epochs=ALL, base_lr=2.0, end_lr=0.25, warmup_epochs=WARM),
+        lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, (ALL - WARM) * STEPS, eta_min=0.25),
+    ),
+    "multistep": (
+        MultiStep(epochs=ALL, base_lr=2.0, warmup_epochs=WARM, milestones=[9, 15], factor=0.2),
+        lambda optimizer: lr_scheduler.MultiStepLR(optimizer, [(9 - WARM) * STEPS, (15 - WARM) * STEPS], gamma=0.2),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step")
+@pytest.mark.parametrize("name", TORCH)
+def test_every_step_is_that_of_torch(name):
+    rate, made = TORCH[name]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    # LinearLR can't start at 0: it begins with our step 1.
+    warm = lr_scheduler.LinearLR(optimizer, start_factor=1 / (WARM * STEPS), total_iters=WARM * STEPS - 1)
+    both = lr_scheduler.SequentialLR(optimizer, [warm, made(optimizer)], milestones=[WARM * STEPS - 1])
+    assert rate(0) == 0
+    for step in range(1, ALL * STEPS):
+        assert rate(step / STEPS) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-12), step
+        both.step()
+
+
+def test_the_rates_of_a_whole_run_written_out():
+    """56 epochs of 39 steps, 8 of warm-up: Peng Cheng Lab's lr_generator for MLPerf v1.0, in own words."""
+    rate = Polynomial(epochs=56, base_lr=24.952061, end_lr=0.0001, power=2, warmup_epochs=8, decay_epochs=48)
+    for step in range(56 * 39):
+        if step < 312:
+            expected = 24.952061 / 312 * step
+        else:
+            expected = (24.952061 - 0.0001) * (1 - (step - 312) / 1872) ** 2 + 0.0001
+        assert rate(step / 39) == pytest.approx(expected, rel=1e-12, abs=1e-15)
+
+
 @pytest.mark.parametrize("made", [Polynomial, Cosine])
 @pytest.mark.parametrize("warmup, decay", [(5, None), (0, None), (5, 12.5), (2.5, 30)])
 def test_rates_rise_to_the_base_and_fall_from_there(made, warmup, decay):
@@ -51,6 +102,9 @@ def test_rates_rise_to_the_base_and_fall_from_there(made, warmup, decay):
         (Polynomial, {"warmup_epochs": 30.0}, "schedule.warmup_epochs=30.0: .* epochs=30"),
         (Cosine, {"warmup_epochs": -1.0}, "schedule.warmup_epochs=-1.0"),
         (Cosine, {"decay_epochs": 0.0}, "schedule.decay_epochs=0.0"),
+        (MultiStep, {"factor": 1.0}, "schedule.factor=1.0"),
+        (MultiStep, {"milestones": [20, 10]}, "schedule.milestones=.20, 10.: must rise"),
+        (MultiStep, {"milestones": [5, 10]}, "schedule.milestones=.5, 10.: .*warmup_epochs=5"),
     ],
 )
 def test_impossible_settings_are_refused(made, arguments, named):

@@ -1,7 +1,10 @@
-"""LARS and SGD against their formulas, written out for one parameter at a time."""
+"""LARS and SGD against their formulas, written out in numpy for one parameter at a time, and beside other libraries."""
 
 import copy
+import importlib.util
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -39,37 +42,89 @@ def run(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> list[T
     return [p.detach() for p in trained]
 
 
+def in_numpy(step) -> list[np.ndarray]:
+    """Every parameter after RATES; `step(w, v, g, rate)` is one update: (new w, new v)."""
+    ended = []
+    for number, w in enumerate(p.detach().numpy().copy() for p in parameters()):
+        v = np.zeros_like(w)
+        for count, rate in enumerate(RATES):
+            w, v = step(w, v, gradients(count)[number].numpy(), rate)
+        ended.append(w)
+    return ended
+
+
+def same(result: list[Tensor], expected: list) -> None:
+    for one, other in zip(result, expected, strict=True):
+        np.testing.assert_allclose(one.detach().numpy(), np.asarray(other), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("form", ["lr_inside", "lr_outside"])
 @pytest.mark.parametrize("momentum, decay, coefficient, epsilon", [(0.9, 0.01, 0.1, 0.0), (0.0, 0.0, 0.001, 1e-3)])
-def test_lars_is_its_formula(momentum, decay, coefficient, epsilon):
+def test_lars_is_its_formula(momentum, decay, coefficient, epsilon, form):
+    def step(w, v, g, rate):
+        scaled = g
+        if w.ndim > 1:
+            w_norm, g_norm = np.sqrt((w * w).sum()), np.sqrt((g * g).sum())
+            usable = w_norm > 0 and g_norm > 0
+            trust = coefficient * w_norm / (g_norm + decay * w_norm + epsilon) if usable else 1.0
+            scaled = trust * (g + decay * w)
+        if form == "lr_inside":
+            v = momentum * v + rate * scaled
+            return w - v, v
+        v = momentum * v + scaled
+        return w - rate * v, v
+
     trained = parameters()
-    result = run(LARS(trained, momentum, decay, coefficient, epsilon), trained)
-    for number, w in enumerate(p.detach().clone() for p in parameters()):
-        v = torch.zeros_like(w)
-        for step, rate in enumerate(RATES):
-            g = gradients(step)[number]
-            if w.ndim == 1:
-                v = momentum * v + rate * g
-            else:
-                w_norm, g_norm = w.square().sum().sqrt(), g.square().sum().sqrt()
-                trust = 1.0
-                if w_norm > 0 and g_norm > 0:
-                    trust = coefficient * w_norm / (g_norm + decay * w_norm + epsilon)
-                v = momentum * v + rate * trust * (g + decay * w)
-            w = w - v
-        torch.testing.assert_close(result[number], w, rtol=1e-13, atol=1e-13)
+    same(run(LARS(trained, momentum, decay, coefficient, epsilon, form), trained), in_numpy(step))
 
 
-@pytest.mark.parametrize("momentum, nesterov, decay", [(0.9, False, 0.01), (0.9, True, 0.01), (0.0, False, 0.0)])
+def test_the_momentum_forms_differ_only_while_the_rate_changes(monkeypatch):
+    def ended(form: str) -> list[Tensor]:
+        trained = parameters()
+        return run(LARS(trained, 0.9, 0.01, 0.1, momentum_form=form), trained)
+
+    apart = [(one - other).abs().max() for one, other in zip(ended("lr_inside"), ended("lr_outside"), strict=True)]
+    assert min(apart) > 1e-3
+    monkeypatch.setattr(f"{__name__}.RATES", [0.5] * 5)
+    same(ended("lr_inside"), ended("lr_outside"))
+
+
+def test_lars_is_that_of_timm():
+    found = importlib.util.find_spec("timm")
+    if found is None:
+        pytest.skip("timm is not installed (it comes with the extra test)")
+    # The one file: importing the package would load all of its models.
+    path = Path(found.submodule_search_locations[0], "optim", "lars.py")
+    spec = importlib.util.spec_from_file_location("timm_lars", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    trained, copied = parameters(), parameters()
+    groups = [{"params": copied[:3], "weight_decay": 0.01}, {"params": copied[3:], "weight_decay": 0.0}]
+    theirs = module.Lars(groups, momentum=0.9, trust_coeff=0.1, eps=1e-6)
+    ours = LARS(trained, 0.9, 0.01, 0.1, 1e-6, "lr_outside")
+    same(run(ours, trained), run(theirs, copied))
+
+
+SGD_SETTINGS = [(0.9, False, 0.01), (0.9, True, 0.01), (0.0, False, 0.0)]
+
+
+@pytest.mark.parametrize("momentum, nesterov, decay", SGD_SETTINGS)
 def test_sgd_is_its_formula(momentum, nesterov, decay):
+    def step(w, v, g, rate):
+        g = g + (decay if w.ndim > 1 else 0.0) * w
+        v = momentum * v + g
+        return w - rate * (g + momentum * v if nesterov else v), v
+
     trained = parameters()
-    result = run(SGD(trained, momentum, nesterov, decay), trained)
-    for number, w in enumerate(p.detach().clone() for p in parameters()):
-        v = torch.zeros_like(w)
-        for step, rate in enumerate(RATES):
-            g = gradients(step)[number] + (decay if w.ndim > 1 else 0.0) * w
-            v = momentum * v + g
-            w = w - rate * (g + momentum * v if nesterov else v)
-        torch.testing.assert_close(result[number], w, rtol=1e-13, atol=1e-13)
+    same(run(SGD(trained, momentum, nesterov, decay), trained), in_numpy(step))
+
+
+@pytest.mark.parametrize("momentum, nesterov, decay", SGD_SETTINGS)
+def test_sgd_is_that_of_torch(momentum, nesterov, decay):
+    trained, copied = parameters(), parameters()
+    groups = [{"params": copied[:3], "weight_decay": decay}, {"params": copied[3:], "weight_decay": 0.0}]
+    theirs = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov, foreach=False, fused=False)
+    same(run(SGD(trained, momentum, nesterov, decay), trained), run(theirs, copied))
 
 
 def test_the_scale_of_a_gradient_does_not_matter_to_lars_without_decay():
@@ -112,6 +167,7 @@ def test_vectors_neither_decay_nor_scale():
         (lambda p: LARS(p, weight_decay=-1.0), "optim.weight_decay=-1.0"),
         (lambda p: LARS(p, coefficient=-0.1), "optim.coefficient=-0.1"),
         (lambda p: LARS(p, epsilon=-1e-9), "optim.epsilon=-1e-09"),
+        (lambda p: LARS(p, momentum_form="inside"), "optim.momentum_form=inside: use lr_inside or lr_outside"),
         (lambda p: SGD(p, momentum=-0.1), "optim.momentum=-0.1"),
         (lambda p: SGD(p, weight_decay=-1.0), "optim.weight_decay=-1.0"),
         (lambda p: SGD(p, momentum=0.0, nesterov=True), "optim.nesterov=true"),

@@ -1,6 +1,6 @@
 import pytest
 
-from train.sim.workload import resnet
+from train.sim.workload import of_model, resnet, resnet_cifar
 
 
 def test_resnet50_has_the_published_size():
@@ -64,3 +64,27 @@ def test_activation_bytes_follow_the_dtype():
 def test_wrong_models_are_refused(arguments, named):
     with pytest.raises(ValueError, match=named):
         resnet(**arguments)
+
+
+def test_cifar_resnets_have_exact_sizes():
+    """He et al. 2015, table 6: ResNet-20 has 0.27 million parameters; by hand its multiply-adds are 40.8 million."""
+    table = resnet_cifar()
+    assert (table.parameters, table.num_tensors, table.forward_flops) == (272_474, 65, 2 * 40_813_184)
+    half = resnet_cifar(14, "strided")
+    assert (half.parameters, half.forward_flops, half.training_flops) == (175_258, 13_329_664, 39_767_808)
+
+
+def test_the_smallest_batch_norm_sees_the_last_stage():
+    assert resnet().smallest_norm == 7 * 7
+    assert resnet(stem="small", image_size=32).smallest_norm == 4 * 4
+    assert resnet(image_size=32).smallest_norm == 1
+    assert resnet_cifar().smallest_norm == 8 * 8
+
+
+def test_a_model_node_leads_to_its_table():
+    node = {"_target_": "train.models.resnet.resnet", "depth": 18, "stem": "small"}
+    assert of_model(node, 32, 10) == resnet(18, "small", 32, 10)
+    node = {"_target_": "train.models.resnet_cifar.resnet_cifar", "depth": 8, "stem": "strided"}
+    assert of_model(node, 32, 10) == resnet_cifar(8, "strided", 32, 10)
+    with pytest.raises(ValueError, match="model._target_=torchvision.models.vit: .* use one of their models"):
+        of_model({"_target_": "torchvision.models.vit"}, 32, 10)

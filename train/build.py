@@ -4,7 +4,6 @@ Nothing here knows of Ray: `run_worker` also runs in a plain process. Whoever la
 `WorkerContext`; everything else is in the configuration.
 """
 
-import dataclasses
 import platform
 import resource
 from dataclasses import dataclass, field
@@ -16,19 +15,20 @@ import torch
 
 from train import checkpoint, emulator
 from train.callbacks import Callback, MetricsCallback, MLPerfCallback, ProgressCallback, TraceCallback
-from train.comm.aggregation import SumAggregator, TreeAggregator
+from train.comm.aggregation import Aggregator, SumAggregator, TreeAggregator
+from train.comm.wire import PlanAggregator
 from train.data.order import Order
+from train.mesh.blocks import blocks
 from train.metrics import open_sinks
-from train.models.chip_norm import ChipPass, allocate_chips, chip_moments
-from train.precision import choose_device, choose_precision, describe_device
+from train.models.chip_norm import allocate_chips, norm_layers
+from train.models.passes import check_batch_norm, images_per_pass, moments_of, plan_passes
+from train.optim.update import WeightUpdate
+from train.precision import DTYPES, choose_device, choose_loss_scale, choose_precision, describe_device
 from train.records import find, load
 from train.sim.clock import EmulatedClock
-from train.sim.workload import Workload
 from train.trainer import Limits, Progress, Trainer
 
 KEPT_CHECKPOINTS = 2
-MEMORY_PER_PASS = 2 << 30
-"""Bytes of activations that chips_per_pass=auto aims at."""
 
 
 @dataclass
@@ -65,6 +65,7 @@ class Worker:
         self.device = choose_device(context.device)
         self.precision = choose_precision(config["precision"], self.device)
         self.source = emulator.make(config["data"])
+        emulator.check_training(config)
         self.emulator = emulator.build(
             config,
             num_train=len(self.source.train),
@@ -72,16 +73,19 @@ class Worker:
             num_classes=self.source.num_classes,
         )
         mesh = self.emulator.mesh
+        self.blocks = blocks(config, mesh)
+        self.shares = self.blocks.shares(context.world_size)
         self.chip_batch_size = chip_batch_size(config, mesh.num_chips)
         self.order = Order(len(self.source.train), self.chip_batch_size, mesh.num_chips, config["seed"])
-        check_batch_norm(config, self.source.image_size, self.chip_batch_size, mesh.chips_per_host)
-        shares = mesh.shares(context.world_size)
-        mine = shares[context.rank]
-        self.passes = plan_passes(config, self.emulator.workload, mesh.chips_per_host, mine, self.chip_batch_size)
+        check_batch_norm(config, self.emulator.workload, self.chip_batch_size)
+        mine = self._chips(context.rank)
+        images = images_per_pass(self.emulator.workload, self.precision, self.device)
+        in_passes = config | ({"chips_per_pass": 1} if config["gradient_sum"] == "plan" else {})
+        self.passes = plan_passes(in_passes, self.blocks.chips, mine, images // self.chip_batch_size)
         torch.manual_seed(config["seed"])
         model = emulator.make(config["model"], num_classes=num_classes(config, self.source.num_classes))
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        allocate_chips(self.model, len(mine) * mesh.chips_per_host, config["bn_span"])
+        allocate_chips(self.model, len(mine), config["bn_span"])
         self.optimizer = emulator.make(config["optim"], self.model.parameters())
         epochs = config["epochs"][-1] if isinstance(config["epochs"], list) else config["epochs"]
         schedule = emulator.make(config["schedule"], epochs=epochs)
@@ -90,19 +94,26 @@ class Worker:
             config["backend"], rank=context.rank, world_size=context.world_size, store=context.store, device=self.device
         )
         context.marks["group"] = time()
-        exact = config["numerics"] == "exact"
         global_batch_size = self.order.global_batch_size
         self.trainer = Trainer(
             model=self.model,
             source=self.source,
             order=self.order,
-            optimizer=self.optimizer,
+            update=WeightUpdate(
+                self.model,
+                self.optimizer,
+                self.precision,
+                choose_loss_scale(config["loss_scale"], *self._gradient_dtypes()),
+                config["clip_norm"],
+                config["ema_decay"],
+            ),
             schedule=schedule,
-            gradients=TreeAggregator(self.group, shares) if exact else SumAggregator(self.group),
-            statistics=TreeAggregator(self.group, shares) if exact else SumAggregator(self.group),
+            gradients=self._gradient_aggregator(),
+            statistics=self._aggregator(),
+            bn_rule=config["bn_rule"],
             group=self.group,
             passes=self.passes,
-            chips_per_block=mesh.chips_per_host,
+            chips_per_block=self.blocks.chips,
             clock=EmulatedClock(
                 self.emulator.step(global_batch_size),
                 self.emulator.eval_s(len(self.source.eval)),
@@ -122,24 +133,54 @@ class Worker:
         )
         self.progress_callback = ProgressCallback()
 
+    def _gradient_dtypes(self) -> list[torch.dtype]:
+        """What gradients are rounded to on their way to the optimizer."""
+        wire = [DTYPES[self.config["wire_dtype"]]] if self.config["gradient_sum"] == "plan" else []
+        return [self.precision.dtype, *wire]
+
+    def _gradient_aggregator(self) -> Aggregator:
+        if self.config["gradient_sum"] == "plan":
+            num_gradients = sum(p.numel() for p in self.model.parameters())
+            return PlanAggregator(self.emulator.plan, self.config["wire_dtype"], num_gradients, self.device)
+        return self._aggregator()
+
+    def _aggregator(self) -> Aggregator:
+        if self.config["numerics"] == "exact":
+            return TreeAggregator(self.group, self.shares)
+        return SumAggregator(self.group)
+
+    def _chips(self, rank: int) -> range:
+        """The chips of the mesh that a rank carries."""
+        share, size = self.shares[rank], self.blocks.chips
+        return range(share.start * size, share.stop * size)
+
     def contract(self) -> dict:
         """What this run promises about its arithmetic, for env.json and the console."""
         exact = self.config["numerics"] == "exact"
-        mesh = self.emulator.mesh
-        tree = f"one binary tree over {mesh.num_hosts} blocks"
+        order = f"one binary tree over {self.blocks.count} blocks" if exact else "passes in turn, then the backend's"
+        wire = f"fp32 between workers; {self.config['wire_dtype']} on the emulated wire"
+        if self.config["gradient_sum"] == "plan":
+            order = f"that of {self.emulator.plan.name} over {self.order.num_chips} chips"
+            wire = f"{self.config['wire_dtype']}, to which every chip's gradients and every sum are rounded"
+        loss_scale, momentum = self.trainer.update.loss_scale, norm_layers(self.model)[0].momentum
         return {
             "numerics": self.config["numerics"],
-            "block_chips": mesh.chips_per_host,
-            "order": tree if exact else "passes in turn, then the backend's",
-            "chips_per_pass": max(chips.count for chips in self.passes),
+            "block_chips": self.blocks.chips,
+            "block_reason": self.blocks.reason,
+            "order": order,
+            "chips_per_pass": max(chip_pass.count for chip_pass in self.passes),
             "threads": self.context.threads,
             "precision": self.precision.name,
             "precision_reason": self.precision.reason,
             "gradient_dtype": "fp32",
-            "wire_dtype": f"fp32 between workers; {self.config['wire_dtype']} on the emulated wire",
+            "gradient_sum": self.config["gradient_sum"],
+            "wire_dtype": wire,
+            "loss_scale": "dynamic" if loss_scale.dynamic else f"{loss_scale.value:g}",
+            "clip_norm": str(self.config["clip_norm"] or "none"),
+            "ema_decay": str(self.config["ema_decay"] or "none"),
             "bn_span_chips": self.config["bn_span"],
-            "bn_momentum": "torch: running = 0.9 * running + 0.1 * batch",
-            "evaluation_statistics": "mean over all chips",
+            "bn_momentum": f"running = {1 - momentum:g} * running + {momentum:g} * batch (torch: {momentum:g})",
+            "evaluation_statistics": {"mean": "mean over all chips", "chip_0": "chip 0's own"}[self.config["bn_rule"]],
             "device": self.device,
             "instruction_set": describe_device(self.device),
             "torch": str(torch.__version__),  # a subclass of str, which would have the driver import torch
@@ -208,6 +249,7 @@ class Worker:
             "target_top1": self.config["target_top1"],
             "reached": progress.reached,
             "steps": progress.step,
+            "skipped_steps": self.trainer.update.loss_scale.skipped,
             "epochs": progress.step / self.order.steps_per_epoch,
             "measured_s": progress.measured_s,
             "emulated_s": self.trainer.clock.seconds,
@@ -221,20 +263,18 @@ class Worker:
     def _save(self, folder: Path, progress: Progress) -> None:
         """Gather the chips' statistics on rank 0, which writes the checkpoint; all ranks return when it is on disk."""
         self.trainer.average_statistics()  # so that the saved weights are complete: what evaluation would use
-        moments = torch.cat([moment.flatten(1) for moment in chip_moments(self.model)], dim=1)
-        shares = self.emulator.mesh.shares(self.group.world_size)
+        moments = torch.cat([moment.flatten(1) for moment in self.trainer.chip_statistics()], dim=1)
         if self.group.rank > 0:
             self.group.send(moments, 0)
         else:
-            rows_per_block = self.emulator.mesh.chips_per_host // self.config["bn_span"]
             parts = [moments]
             for rank in range(1, self.group.world_size):
-                parts.append(moments.new_empty((len(shares[rank]) * rows_per_block, moments.shape[1])))
+                rows = len(self._chips(rank)) // self.config["bn_span"]
+                parts.append(moments.new_empty((rows, moments.shape[1])))
                 self.group.recv(parts[-1], rank)
             state = {
                 "run": self._identity(),
-                "progress": dataclasses.asdict(progress),
-                "clock": self.trainer.clock.state_dict(),
+                **self.trainer.state_dict(),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "chip_moments": torch.cat(parts),
@@ -254,25 +294,32 @@ class Worker:
         self.optimizer.load_state_dict(state["optimizer"])
         mine = moments_of(state["chip_moments"], self.passes, self.config["bn_span"]).to(self.device)
         offset = 0
-        for moment in chip_moments(self.model):
+        for moment in self.trainer.chip_statistics():
             moment.copy_(mine[:, offset : offset + moment.shape[1]])
             offset += moment.shape[1]
-        self.trainer.clock.load_state_dict(state["clock"])
-        self.trainer.progress = Progress(**state["progress"])
+        self.trainer.load_state_dict(state)
 
     def _identity(self) -> dict:
         """What must be equal for a checkpoint to continue the same training; the workers may change."""
-        exact = {"threads": self.context.threads, "precision": self.precision.name}
-        return (exact if self.config["numerics"] == "exact" else {}) | {
-            "numerics": self.config["numerics"],
-            "chips": self.order.num_chips,
-            "chip_batch_size": self.chip_batch_size,
-            "seed": self.config["seed"],
-            "bn_span": self.config["bn_span"],
-            "data": self.source.fingerprint,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "optimizer": type(self.optimizer).__name__,
-        }
+        config = self.config
+        exact = {"threads": self.context.threads, "precision": self.precision.name, "block_chips": self.blocks.chips}
+        plan = {"wire_dtype": config["wire_dtype"], "collective": self.emulator.plan.name}
+        return (
+            (exact if config["numerics"] == "exact" else {})
+            | (plan if config["gradient_sum"] == "plan" else {})
+            | {
+                "numerics": config["numerics"],
+                "gradient_sum": config["gradient_sum"],
+                **{key: config[key] for key in ("loss_scale", "clip_norm", "ema_decay")},
+                "chips": self.order.num_chips,
+                "chip_batch_size": self.chip_batch_size,
+                "seed": config["seed"],
+                "bn_span": config["bn_span"],
+                "data": self.source.fingerprint,
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+                "optimizer": type(self.optimizer).__name__,
+            }
+        )
 
 
 class FirstStep(Callback):
@@ -318,44 +365,3 @@ def chip_batch_size(config: dict, num_chips: int) -> int:
             f"global_batch_size={total} does not divide among {num_chips} chips; take a multiple of {num_chips}"
         )
     return total // num_chips
-
-
-def check_batch_norm(config: dict, image_size: int, chip_batch: int, chips_per_block: int) -> None:
-    """Every batch norm needs two values per channel, and a span must not cross blocks."""
-    span = config["bn_span"]
-    if chips_per_block % span:
-        raise ValueError(
-            f"bn_span={span}: must divide the {chips_per_block} chips of a block (a host); there are no larger spans"
-        )
-    smallest = -(-image_size // (8 if config["model"]["stem"] == "small" else 32))
-    if chip_batch * span * smallest**2 < 2:
-        raise ValueError(
-            f"chip_batch_size={chip_batch} with data.image_size={image_size} leaves the last batch norms one value per "
-            "channel; raise chip_batch_size, data.image_size or bn_span"
-        )
-
-
-def plan_passes(
-    config: dict, workload: Workload, chips_per_block: int, blocks: range, chip_batch: int
-) -> list[ChipPass]:
-    """A worker's chips in passes: one block each in `exact`, as many blocks as memory holds in `fast`."""
-    per_pass = config["chips_per_pass"]
-    if config["numerics"] == "exact":
-        if per_pass not in ("auto", chips_per_block):
-            raise ValueError(
-                f"chips_per_pass={per_pass}: numerics=exact computes one block of {chips_per_block} chips a pass; "
-                "leave it at auto, or use numerics=fast"
-            )
-        per_pass = chips_per_block
-    elif per_pass == "auto":
-        bytes_per_chip = chip_batch * workload.activation_bytes(4)
-        per_pass = max(MEMORY_PER_PASS // bytes_per_chip // chips_per_block, 1) * chips_per_block
-    if per_pass % config["bn_span"]:
-        raise ValueError(f"chips_per_pass={per_pass}: must be a multiple of bn_span={config['bn_span']}")
-    first, last = blocks.start * chips_per_block, blocks.stop * chips_per_block
-    return [ChipPass(chip, min(per_pass, last - chip), config["bn_span"]) for chip in range(first, last, per_pass)]
-
-
-def moments_of(moments: torch.Tensor, passes: list[ChipPass], span: int) -> torch.Tensor:
-    """The rows of all chips' statistics [groups, channels] that belong to a worker's passes."""
-    return moments[passes[0].first // span : (passes[-1].first + passes[-1].count) // span]

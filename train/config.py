@@ -67,6 +67,7 @@ class Config:
     cluster: Cluster = key("the Ray cluster that the workers run on")
 
     experiment: str = key("name of the experiment: the chosen file of conf/experiment")
+    recipe: str = key("model, optimizer, schedule, batch, epochs and target as published; wins over the experiment's")
     workers: int | Literal["auto"] = key("Ray workers that share the chips; auto: one per GPU, or per two CPU cores")
     shares: list[int] | None = key("blocks of each worker; null: as equal as can be")
     threads: int | Literal["auto"] = key("torch threads per worker; auto: the cores divided by the workers")

@@ -235,11 +235,6 @@ def build(
     """
     mesh, chip, collective, network = (make(config[group]) for group in ("mesh", "chip", "collective", "network"))
     data, model, notes = config["data"], config["model"], []
-    if not str(model.get("_target_", "")).endswith(".resnet"):
-        raise ValueError(
-            f"model._target_={model.get('_target_')}: only train.models.resnet.resnet has a workload table; "
-            "use one of its models"
-        )
     opened = num_train is not None and num_eval is not None
     name = str(data.get("_target_", "")).split(".")[-2:-1]
     known = DATA_SETS.get(name[0]) if name else None
@@ -254,7 +249,7 @@ def build(
             strict=True,
         )
     ]
-    workload = workloads.resnet(model["depth"], model["stem"], data["image_size"], model.get("num_classes") or sizes[2])
+    workload = workloads.of_model(model, data["image_size"], model.get("num_classes") or sizes[2])
     return Emulator(
         mesh,
         chip,
@@ -272,6 +267,25 @@ def build(
         data_origin="the opened data set" if opened else "the data set as published; not opened",
         notes=notes,
     )
+
+
+def check_training(config: dict) -> None:
+    """ValueError for keys that training can't have together, though a run of them can be priced."""
+    if config["gradient_sum"] != "plan":
+        return
+    if config["numerics"] == "exact":
+        raise ValueError(
+            "gradient_sum=plan: numerics=exact sums in full precision and refuses compression; use numerics=fast, or "
+            "gradient_sum=fp32"
+        )
+    needed = {
+        "workers": ((1,), "one worker adds up all chips"),
+        "bn_span": ((1,), "every chip is computed by itself"),
+        "chips_per_pass": (("auto", 1), "every chip is computed by itself"),
+    }
+    for key, (possible, why) in needed.items():
+        if config[key] not in possible:
+            raise ValueError(f"{key}={config[key]}: with gradient_sum=plan {why}; set {key}={possible[0]}")
 
 
 def make(node: dict, *args: Any, **kwargs: Any) -> Any:

@@ -32,6 +32,8 @@ def step_row(record) -> dict:
         "train/top1": record.top1,
         "train/learning_rate": record.learning_rate,
         "train/grad_norm": record.grad_norm,
+        "train/loss_scale": record.loss_scale,
+        "train/skipped_steps": record.skipped_steps,
         "measured/images_per_s": record.images / record.step_s if record.step_s else None,
         "measured/step_s": record.step_s,
         "measured/data_wait_s": record.data_wait_s,

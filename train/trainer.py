@@ -1,16 +1,16 @@
 """The training loop of one worker: evaluate, save, stop?, step, log.
 
 A worker holds consecutive chips of the mesh. It goes through them in passes; every pass hands the gradients of its
-share of the global batch's mean loss to the aggregator, and their sum over all chips of all workers is what the
-optimizer steps with. Chips have equal batches, so that is the mean over chips of each chip's mean gradient, as data
-parallelism computes it.
+chips' own mean losses to the aggregator. Their sum over all chips of all workers, divided by the number of chips, is
+what the optimizer steps with, as data parallelism computes it.
 """
 
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +24,7 @@ from train.data.loader import Prefetcher
 from train.data.order import Order, eval_batches
 from train.data.source import Source
 from train.models.chip_norm import ChipPass, chip_moments, evaluation_moments
+from train.optim.update import DivergedError, WeightUpdate
 from train.precision import Precision
 from train.sim.clock import EmulatedClock
 from train.sim.step import StepTime
@@ -48,6 +49,8 @@ class StepRecord:
     measured_s: float
     emulated_s: float
     emulated: StepTime
+    loss_scale: float | None = None  # of this step; None where none is applied
+    skipped_steps: int | None = None  # so far, this one included
 
 
 @dataclass(frozen=True)
@@ -73,18 +76,6 @@ class Callback(Protocol):
     def on_eval(self, record: EvalRecord) -> None: ...
 
 
-class Optimizer(Protocol):
-    """torch's optimizers, and train.optim's; each group of parameters is a dictionary with its learning rate `lr`."""
-
-    param_groups: list[dict]
-
-    def step(self) -> None: ...
-
-    def state_dict(self) -> dict: ...
-
-    def load_state_dict(self, state: dict) -> None: ...
-
-
 @dataclass(frozen=True)
 class Limits:
     """When the run evaluates, saves and stops. Epochs are counted in steps / steps per epoch."""
@@ -95,10 +86,6 @@ class Limits:
     eval_offset: float
     checkpoint_every: float
     max_steps: int | None
-
-
-class DivergedError(RuntimeError):
-    """The loss is no longer a number."""
 
 
 @dataclass
@@ -122,10 +109,11 @@ class Trainer:
         model: nn.Module,
         source: Source,
         order: Order,
-        optimizer: Optimizer,
+        update: WeightUpdate,
         schedule: Callable[[float], float],
         gradients: Aggregator,
         statistics: Aggregator,
+        bn_rule: str,
         group: Group,
         passes: list[ChipPass],
         chips_per_block: int,
@@ -137,8 +125,9 @@ class Trainer:
     ) -> None:
         """`passes`: this worker's chips, counted from its first one, whose number is `passes[0].first` of the mesh."""
         self.model, self.source, self.order = model, source, order
-        self.optimizer, self.schedule = optimizer, schedule
+        self.update, self.schedule = update, schedule
         self.gradients, self.statistics, self.group = gradients, statistics, group
+        self.bn_rule = bn_rule
         self.passes, self.chips_per_block = passes, chips_per_block
         self.first_chip = passes[0].first
         self.clock, self.limits, self.precision = clock, limits, precision
@@ -177,9 +166,34 @@ class Trainer:
         return progress
 
     def evaluate(self) -> EvalRecord:
-        """Top-1 accuracy and loss over the held-out images, each counted once, with the chips' mean statistics."""
+        """Top-1 accuracy and loss over the held-out images, each counted once, of the averaged weights if there are."""
         started = time.perf_counter()
         self.average_statistics()
+        with self.update.averages.in_use() if self.update.averages else nullcontext():
+            loss, correct = self._evaluate()
+        self.clock.advance_eval()
+        progress, images = self.progress, len(self.source.eval)
+        progress.top1, progress.eval_loss = correct / images, loss / images
+        progress.reached = progress.top1 >= self.limits.target_top1
+        progress.evaluated_at = progress.step
+        if not math.isfinite(progress.eval_loss):
+            raise DivergedError(f"the loss over the held-out images is {progress.eval_loss} after step {progress.step}")
+        now = time.perf_counter()
+        progress.measured_s = now - self._started_at
+        return EvalRecord(
+            step=progress.step,
+            epoch=progress.step / self.order.steps_per_epoch,
+            top1=progress.top1,
+            loss=progress.eval_loss,
+            images=images,
+            seconds=now - started,
+            emulated_eval_s=self.clock.eval_s,
+            measured_s=progress.measured_s,
+            emulated_s=self.clock.seconds,
+        )
+
+    def _evaluate(self) -> list[float]:
+        """[loss, correct answers], summed over all held-out images by all workers."""
         dataset, batches = self.source.eval, eval_batches(len(self.source.eval), EVAL_BATCH_SIZE)
         sums = torch.zeros(len(batches), 2, dtype=torch.float64)
         mine = range(self.group.rank, len(batches), self.group.world_size)
@@ -193,70 +207,52 @@ class Trainer:
         self.model.train()
         sums = sums.to(self.device)
         self.group.all_reduce(sums)  # every row has one owner: adding zeros is exact in any order
-        loss, correct = sums.sum(0).tolist()
-        self.clock.advance_eval()
-        progress = self.progress
-        progress.top1, progress.eval_loss = correct / len(dataset), loss / len(dataset)
-        progress.reached = progress.top1 >= self.limits.target_top1
-        progress.evaluated_at = progress.step
-        if not math.isfinite(progress.eval_loss):
-            raise DivergedError(f"the loss over the held-out images is {progress.eval_loss} after step {progress.step}")
-        now = time.perf_counter()
-        progress.measured_s = now - self._started_at
-        return EvalRecord(
-            step=progress.step,
-            epoch=progress.step / self.order.steps_per_epoch,
-            top1=progress.top1,
-            loss=progress.eval_loss,
-            images=len(dataset),
-            seconds=now - started,
-            emulated_eval_s=self.clock.eval_s,
-            measured_s=progress.measured_s,
-            emulated_s=self.clock.seconds,
-        )
+        return sums.sum(0).tolist()
 
     def average_statistics(self) -> None:
-        """Set the statistics that evaluation uses to the mean over all chips of their running means and variances."""
-        moments = chip_moments(self.model)
+        """Set the statistics that evaluation uses: the mean over all chips of their running ones, or chip 0's own."""
+        moments, evaluated = self.chip_statistics(), evaluation_moments(self.model)
+        if self.update.averages:
+            evaluated += self.update.averages.evaluation_moments
+        if self.bn_rule == "chip_0":
+            own = torch.cat([moment[0] for moment in moments])
+            self.group.broadcast(own, 0)  # rank 0 holds chip 0
+            for mean, part in zip(evaluated, own.split([len(mean) for mean in evaluated]), strict=True):
+                mean.copy_(part)
+            return
         rows_per_block = self.chips_per_block // self.passes[0].span
         for i in range(len(moments[0]) // rows_per_block):
             rows = slice(i * rows_per_block, (i + 1) * rows_per_block)
             block = self.first_chip // self.chips_per_block + i
             self.statistics.add(block, [moment[rows].sum(0) for moment in moments])
         num_rows = self.order.num_chips // self.passes[0].span
-        for mean, total in zip(evaluation_moments(self.model), self.statistics.total(), strict=True):
+        for mean, total in zip(evaluated, self.statistics.total(), strict=True):
             mean.copy_(total / num_rows)
+
+    def chip_statistics(self) -> list[Tensor]:
+        """The chips' running moments, then their averages if any: tensors of [groups, channels] (not copies)."""
+        return chip_moments(self.model) + (self.update.averages.chip_moments if self.update.averages else [])
+
+    def state_dict(self) -> dict:
+        """What a checkpoint holds beside model, optimizer and `chip_statistics`; the same on all workers.
+
+        The model's own weights are the raw ones whatever `ema_decay` is; the averaged ones are `averages`.
+        """
+        return {"progress": asdict(self.progress), "clock": self.clock.state_dict(), **self.update.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a `state_dict` (further entries are left alone) that has averages if this run does."""
+        self.progress = Progress(**state["progress"])
+        self.clock.load_state_dict(state["clock"])
+        self.update.load_state_dict(state)
 
     def _step(self, loader: Prefetcher) -> StepRecord:
         started, waited = time.perf_counter(), loader.wait_s
         progress, order = self.progress, self.order
         learning_rate = self.schedule((progress.step + 1) / order.steps_per_epoch)
-        stop = float(self.stop_requested.is_set())
-        with self.precision.autocast(self.device):  # around all passes, so that the weights are cast once
-            for chip_pass in self.passes:
-                images, labels = next(loader)
-                loss, correct = self._forward_backward(chip_pass, images.to(self.device), labels.to(self.device))
-                contribution = [p.grad for p in self.parameters]
-                contribution.append(torch.stack([loss, correct, torch.full_like(loss, stop)]))
-                for p in self.parameters:
-                    p.grad = None
-                self.gradients.add(chip_pass.first // self.chips_per_block, contribution)
-        *sums, outcome = self.gradients.total()
-        loss, correct, stop = outcome.tolist()
-        self._agreed_to_stop = stop > 0
-        if not math.isfinite(loss):
-            raise DivergedError(
-                f"the loss is {loss} at step {progress.step + 1} (learning rate {learning_rate:.4g}); "
-                "lower schedule.base_lr or lengthen schedule.warmup_epochs"
-            )
-        for p, gradient in zip(self.parameters, sums, strict=True):
-            p.grad = gradient
-        grad_norm = torch.stack(torch._foreach_norm(sums)).norm().item()
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = learning_rate
-        self.optimizer.step()
-        for p in self.parameters:
-            p.grad = None
+        scale = None if self.update.loss_scale.off else self.update.loss_scale.value
+        gradients, loss, correct = self._mean_gradients(loader)
+        grad_norm = self.update.apply(gradients, loss, learning_rate, progress.step + 1)
         progress.step += 1
         self.clock.advance_step()
         now = time.perf_counter()
@@ -275,16 +271,35 @@ class Trainer:
             measured_s=progress.measured_s,
             emulated_s=self.clock.seconds,
             emulated=self.clock.step,
+            loss_scale=scale,
+            skipped_steps=None if scale is None else self.update.loss_scale.skipped,
         )
 
+    def _mean_gradients(self, loader: Prefetcher) -> tuple[list[Tensor], float, float]:
+        """(Gradients of the mean over all chips of each chip's mean loss, that loss, all chips' correct answers)."""
+        stop = float(self.stop_requested.is_set())
+        with self.precision.autocast(self.device):  # around all passes, so that the weights are cast once
+            for chip_pass in self.passes:
+                images, labels = next(loader)
+                loss, correct = self._forward_backward(chip_pass, images.to(self.device), labels.to(self.device))
+                contribution = [p.grad for p in self.parameters]
+                contribution.append(torch.stack([loss, correct, torch.full_like(loss, stop)]))
+                for p in self.parameters:
+                    p.grad = None
+                self.gradients.add(chip_pass.first // self.chips_per_block, contribution)
+        *gradients, outcome = self.gradients.total()
+        loss, correct, stop = outcome.tolist()
+        self._agreed_to_stop = stop > 0
+        torch._foreach_div_(gradients, self.order.num_chips * self.update.loss_scale.value)
+        return gradients, loss / self.order.num_chips, correct
+
     def _forward_backward(self, chip_pass: ChipPass, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(This pass's share of the global batch's mean loss, correct answers); leaves gradients in the parameters."""
+        """(Sum of the chips' mean losses, correct answers); leaves loss_scale times its gradients in the parameters."""
         self.model.chip_pass.first = chip_pass.first - self.first_chip
-        self.model.chip_pass.count = chip_pass.count
+        self.model.chip_pass.count, self.model.chip_pass.sizes = chip_pass.count, chip_pass.sizes
         logits = self.model(images).float()
-        loss = functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
-        loss = loss / self.order.global_batch_size
-        loss.backward()
+        loss = chip_losses(logits, labels, chip_pass, self.label_smoothing)
+        (loss * self.update.loss_scale.value).backward()
         return loss.detach(), (logits.detach().argmax(1) == labels).sum().to(loss.dtype)
 
     def _batches(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -306,6 +321,19 @@ class Trainer:
             return False
         count = math.floor((step / per_epoch - offset) / every + 1e-9)
         return count >= 0 and step == math.ceil((offset + count * every) * per_epoch - 1e-9)
+
+
+def chip_losses(logits: Tensor, labels: Tensor, chip_pass: ChipPass, label_smoothing: float) -> Tensor:
+    """The sum over a pass's chips of each chip's own mean cross-entropy, a scalar in the dtype of the logits.
+
+    `logits` [images, classes] in float32 or float64 and `labels` [images] lie chip after chip.
+    """
+    if chip_pass.sizes is None:
+        total = functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+        return total / (len(labels) // chip_pass.count)
+    losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    sizes = torch.tensor(chip_pass.sizes, device=losses.device)
+    return (losses / sizes.repeat_interleave(sizes)).sum()
 
 
 def _loader(dataset: Any, batches: list[np.ndarray], mine: range) -> Prefetcher:

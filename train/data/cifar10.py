@@ -80,8 +80,10 @@ def crop_and_flip(pixels: np.ndarray, top: np.ndarray, left: np.ndarray, flip: n
     pad = size // 8
     padded = np.zeros((count, size + 2 * pad, size + 2 * pad, 3), np.uint8)
     padded[:, pad : pad + size, pad : pad + size] = pixels
-    rows = (top * (2 * pad + 1)).astype(np.int64)[:, None] + np.arange(size)
-    columns = (left * (2 * pad + 1)).astype(np.int64)[:, None] + np.where(
-        flip[:, None] < 0.5, np.arange(size)[::-1], np.arange(size)
-    )
-    return padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    cuts = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))
+    rows, columns = ((place * (2 * pad + 1)).astype(np.int64) for place in (top, left))
+    # channels behind the pixels before the cuts are chosen: NumPy then copies whole rows of interleaved channels
+    moved = cuts.transpose(0, 1, 2, 4, 5, 3)[np.arange(count), rows, columns]
+    mirrored = flip < 0.5
+    moved[mirrored] = moved[mirrored, :, ::-1]
+    return moved

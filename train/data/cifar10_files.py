@@ -183,4 +183,6 @@ def decoded(items: Iterable[Item], count: int, size: int, skip: bool, where: Pat
 def resized(image: "Image", size: int) -> np.ndarray:
     from PIL import Image
 
-    return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR))
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(size, size, 3)  # half the time of np.asarray(image)

@@ -21,7 +21,8 @@ class Order:
         if not self.steps_per_epoch:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} ({num_chips} chips x {chip_batch_size}) is larger than "
-                f"the data set ({num_samples} images): lower chip_batch_size or the chips, or raise data.repeat"
+                f"the data set ({num_samples} images): lower chip_batch_size or the chips (global_batch_size where a "
+                "recipe gives that), or take more data (data.repeat)"
             )
         self._drawn: tuple[int, np.ndarray] | None = None  # the epoch at hand and its permutation
 

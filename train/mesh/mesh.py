@@ -2,7 +2,7 @@
 
 import math
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -91,15 +91,40 @@ class Mesh:
             return self
         return Mesh(f"{self.name}, {num_hosts} hosts", {"host": num_hosts, "chip": self.chips_per_host}, self.topology)
 
-    def shares(self, workers: int) -> list[range]:
-        """Contiguous hosts for each worker; sizes differ by at most one, larger first."""
+    def shares(self, workers: int, sizes: list[int] | None = None, hosts_per_block: int = 1) -> list[range]:
+        """Contiguous blocks for each worker: `sizes` of them, or else sizes that differ by at most one, larger first.
+
+        A block is `hosts_per_block` hosts. ValueError where the blocks don't go round.
+        """
+        if self.num_hosts % hosts_per_block:
+            raise ValueError(
+                f"blocks of {hosts_per_block} hosts do not divide the {self.num_hosts} of mesh {self.name}"
+            )
+        blocks = self.num_hosts // hosts_per_block
+        one, several = "host", f"{blocks} hosts of mesh {self.name}"
+        if hosts_per_block > 1:
+            one, several = (
+                "block",
+                f"{blocks} blocks of mesh {self.name} (bn_span makes blocks of {hosts_per_block} hosts)",
+            )
+        if sizes is not None and min(sizes, default=0) < 1:
+            raise ValueError(f"shares={sizes}: a worker needs at least 1 {one}; leave out workers without any")
         if workers < 1:
             raise ValueError(f"workers={workers} must be at least 1")
-        if workers > self.num_hosts:
+        if sizes is not None and len(sizes) != workers:
             raise ValueError(
-                f"workers={workers} is more than the {self.num_hosts} hosts of mesh {self.name}; "
-                f"a host is never split: use at most workers={self.num_hosts} or a larger mesh"
+                f"shares={sizes} are those of {len(sizes)} workers, not of workers={workers}: set workers={len(sizes)} "
+                "or workers=auto"
             )
-        size, larger = divmod(self.num_hosts, workers)
-        starts = [worker * size + min(worker, larger) for worker in range(workers + 1)]
-        return [range(first, last) for first, last in pairwise(starts)]
+        if workers > blocks:
+            raise ValueError(
+                f"workers={workers} is more than the {several}; a {one} is never split: use at most workers={blocks} "
+                f"or a larger mesh{' or a smaller bn_span' if hosts_per_block > 1 else ''}"
+            )
+        if sizes is None:
+            size, larger = divmod(blocks, workers)
+            sizes = [size + 1] * larger + [size] * (workers - larger)
+        elif sum(sizes) != blocks:
+            raise ValueError(f"shares={sizes} sum to {sum(sizes)}, not to the {several}; change one of them")
+        ends = [0, *accumulate(sizes)]
+        return [range(first, last) for first, last in pairwise(ends)]
