@@ -1,7 +1,7 @@
 """Four emulated chips in one process compute what four real processes of torch's DistributedDataParallel compute.
 
-Smaller cases of scripts/emulated_equals_real.py: ResNet-18 without its last stage, few steps. Each law is also broken on
-purpose, and must be seen to break.
+Smaller cases of scripts/emulated_equals_real.py: ResNet-18 without its last stage, few steps. Each law is also broken
+on purpose, and must be seen to break.
 """
 
 import contextlib
@@ -27,13 +27,14 @@ ONE_STEP = replace(PAIRS, steps=1)
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[Processes]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the other cores are the processes'
     with Processes() as processes:
         yield processes
+    torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(
-    "case", [PAIRS, UNEQUAL, replace(PAIRS, dtype="float32"), replace(UNEQUAL, dtype="float32")], ids=str
-)
+@pytest.mark.parametrize("case", [PAIRS, UNEQUAL, replace(UNEQUAL, dtype="float32")], ids=str)
 def test_gradients_losses_and_statistics_are_those_of_real_processes(processes: Processes, case: Case):
     errors = compare_steps(processes, case)
     assert errors.passed, errors
@@ -42,7 +43,7 @@ def test_gradients_losses_and_statistics_are_those_of_real_processes(processes: 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
 def test_weights_of_free_runs_stay_those_of_real_processes(processes: Processes, optimizer: str):
-    errors = compare_runs(processes, replace(PAIRS, sizes=(8,) * CHIPS, optimizer=optimizer, steps=4))
+    errors = compare_runs(processes, replace(PAIRS, sizes=(8,) * CHIPS, optimizer=optimizer))
     assert errors.bound == 1e-10 and errors.passed, errors
     assert 0 < errors.whole[0] <= errors.worst[0]
 
@@ -90,7 +91,7 @@ def test_another_momentum_of_the_optimizer_is_seen(processes: Processes):
 
 
 def test_an_error_in_a_process_is_told():
-    with Processes() as processes, pytest.raises(RuntimeError, match="process 0:\n.*no_such_method"):
+    with Processes() as processes, pytest.raises(RuntimeError, match="(?s)process [0-3]:\n.*no_such_method"):
         processes.call("no_such_method")
 
 

@@ -12,7 +12,7 @@ from launch_samples import trained_here
 from launch import compose
 
 STEPS = 2
-ON_8_CHIPS = ["mesh=atlas800", f"max_steps={STEPS}"]
+ON_8_CHIPS = ["mesh=atlas800", "workers=1", f"max_steps={STEPS}"]
 OVERRIDES = {
     "digits_atlas": ["chip_batch_size=2"],
     "cifar10_atlas": ["data.root={photos}", "chip_batch_size=2", "data.repeat=2"],

@@ -18,6 +18,7 @@ from train.callbacks import Callback, MetricsCallback, MLPerfCallback, ProgressC
 from train.comm.aggregation import Aggregator, SumAggregator, TreeAggregator
 from train.comm.wire import PlanAggregator
 from train.data.order import Order
+from train.memory import keep_freed_memory
 from train.mesh.blocks import blocks
 from train.metrics import open_sinks
 from train.models.chip_norm import allocate_chips, norm_layers
@@ -62,6 +63,7 @@ class Worker:
         self.config, self.context = config, context
         context.marks["import"] = time()
         torch.set_num_threads(context.threads)
+        keep_freed_memory()
         self.device = choose_device(context.device)
         self.precision = choose_precision(config["precision"], self.device)
         self.source = emulator.make(config["data"])

@@ -3,8 +3,8 @@
 He et al. 2015 (arXiv 1512.03385); v1.5 as in MLPerf and torchvision, whose names of parameters this model shares: each
 loads the other's weights.
 
-ReLU and the residual sum make new tensors: torch's bfloat16 kernels take two to three times as long in place on a CPU
-(25.7 million values, one core: ReLU 24 ms in place and 9 ms not, a sum 20 ms and 12 ms; float32 has no such difference),
+ReLU and the residual sum make new tensors: on a CPU torch's bfloat16 kernels take two to three times as long in place
+(25.7 million values, one core: ReLU 24 ms in place and 9 ms not, a sum 20 and 12 ms; float32 has no such difference),
 and as autograd keeps only their results, the peak of memory is the same.
 """
 

@@ -1,0 +1,394 @@
+"""Measures training ResNet-50 against what else this machine could do, in interleaved turns of one run.
+
+    python scripts/bench_train.py [--json] [--quick] [--only step mesh tax] [--chip-batch 32 16] [--threads 2]
+                                  [--device cpu] [--no-compile]
+
+step  images/s of our trainer (synthetic data through its loader, aggregator, SGD or LARS, metrics file; one chip), of
+      torchvision's reference settings (fp32, batch 32, default memory format), of a bare loop (`bare_loop` below), and
+      the images/s that the best large bfloat16 product would allow at 24.3 GFLOP an image
+mesh  images of 32 pixels, global batch 8,192 on 8, 64 and 1,024 chips: seconds a step and peak memory, each afresh
+tax   chips in a pass against one plain batch of the same size (scripts/bench_chip_norm.py has more cases)
+
+Every side is a process of its own with the same number of threads; one computes while the others wait, turn by turn.
+Rates are medians over the rounds, ratios medians of each round's ratio. It needs torch, torchvision and numpy alone.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE_BATCH = 32  # torchvision's default
+MATMUL_SIZE = 4096
+MESH_SIZE, MESH_BATCH, MESH_CHIPS = 32, 8192, (8, 64, 1024)
+TAX_CASES = ((224, 4, 8, 0.95), (224, 16, 2, 0.9), (32, 256, 2, 0.85))
+QUICK_TAX_CASES = ((32, 16, 2, 0.85),)
+COMPILE_LIMIT_S = 150
+TARGETS = {"ratio_to_reference": 3.5, "ratio_to_bare_loop": 0.97, "matmul_limit_share": 0.7}
+STEPS = {"reference": 1, "bare_loop": 3, "compiled": 3, "harness": 3, "matmul": 4}  # of one turn
+
+
+def reference(pace: Callable[[], None], depth: int, image_size: int, device: str, **_) -> None:
+    """torchvision's references/classification/train.py with its defaults, on images in memory."""
+    import torch
+    import torchvision
+
+    model = getattr(torchvision.models, f"resnet{depth}")().to(device)
+    criterion = torch.nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    images = torch.randn(REFERENCE_BATCH, 3, image_size, image_size, device=device)
+    labels = torch.randint(1000, (REFERENCE_BATCH,), device=device)
+    while True:
+        loss = criterion(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        pace()
+
+
+def bare_loop(pace: Callable[[], None], batch: int, depth: int, image_size: int, device: str, compiled: bool) -> None:
+    """What one would write by hand for speed: bfloat16 autocast, channels last, foreach SGD, perhaps compiled."""
+    import torch
+    import torchvision
+    from torch.nn import functional
+
+    model = getattr(torchvision.models, f"resnet{depth}")().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-5, foreach=True)
+    forward = torch.compile(model, mode="reduce-overhead" if device == "cuda" else None) if compiled else model
+    images = torch.randn(batch, 3, image_size, image_size, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(1000, (batch,), device=device)
+    while True:
+        with torch.autocast(device, torch.bfloat16):
+            loss = functional.cross_entropy(forward(images).float(), labels, label_smoothing=0.1)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        pace()
+
+
+def harness(
+    pace: Callable[[], None], batch: int, depth: int, image_size: int, device: str, chips: int, optimizer: str
+) -> None:
+    """Our trainer, as train/build puts it together, on `chips` chips of `batch` images, numerics=fast."""
+    from functools import partial
+
+    import torch
+
+    from train.callbacks import Callback, MetricsCallback
+    from train.comm.aggregation import SumAggregator
+    from train.comm.groups import SingleGroup
+    from train.data.order import Order
+    from train.data.synthetic import Synthetic
+    from train.memory import keep_freed_memory
+    from train.metrics import JsonlSink
+    from train.models.chip_norm import allocate_chips
+    from train.models.passes import images_per_pass, plan_passes
+    from train.models.resnet import resnet
+    from train.optim.lars import LARS
+    from train.optim.schedule import Polynomial
+    from train.optim.sgd import SGD
+    from train.optim.update import WeightUpdate
+    from train.precision import choose_device, choose_loss_scale, choose_precision
+    from train.sim.clock import EmulatedClock
+    from train.sim.step import StepTime
+    from train.sim.workload import resnet as table
+    from train.trainer import Limits, Trainer
+
+    class Paced(Callback):
+        def on_step(self, record) -> None:
+            pace()
+
+    keep_freed_memory()
+    device, group = choose_device(device), SingleGroup()
+    precision = choose_precision("bf16", device)
+    source = Synthetic(image_size, num_train=100 * chips * batch, num_eval=1)
+    order = Order(len(source.train), batch, chips, seed=0)
+    model = resnet(depth).to(device, memory_format=torch.channels_last)
+    allocate_chips(model, chips, 1)
+    room = images_per_pass(table(depth, "imagenet", image_size, 1000), precision, device) // batch
+    keys = {"numerics": "fast", "chips_per_pass": "auto", "bn_span": 1}
+    trainer = Trainer(
+        model=model,
+        source=source,
+        order=order,
+        update=WeightUpdate(
+            model, {"sgd": SGD, "lars": LARS}[optimizer](model.parameters()), precision, choose_loss_scale("auto")
+        ),
+        schedule=Polynomial(epochs=90, base_lr=0.1),
+        gradients=SumAggregator(group),
+        statistics=SumAggregator(group),
+        bn_rule="mean",
+        group=group,
+        passes=plan_passes(keys, chips, range(chips), room),
+        chips_per_block=chips,
+        clock=EmulatedClock(StepTime(0.0, 0.0, 0.0, 0.0, 0.0), 0.0, 0.0),
+        limits=Limits(90, 1.0, 90, 0.0, 0.0, None),
+        precision=precision,
+        label_smoothing=0.1,
+        device=device,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.train([MetricsCallback([JsonlSink(folder)]), Paced()], save=partial(max, 0))
+
+
+def matmul(pace: Callable[[], None], device: str, **_) -> None:
+    """One large bfloat16 product a step."""
+    import torch
+
+    left, right = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device).bfloat16() for _ in range(2))
+    while True:
+        (left @ right)[0, 0].item()
+        pace()
+
+
+def tax(pace: Callable[[], None], cases: list, repeats: int, device: str) -> None:
+    """The chip tax of each case, as the answer to the first turn."""
+    from bench_chip_norm import chip_tax
+
+    from train.memory import keep_freed_memory
+
+    keep_freed_memory()
+    for size, chips, chip_batch, target in cases:
+        pace(row=chip_tax(size, chips, chip_batch, repeats, device) | {"target": target})
+
+
+SIDES = {side.__name__: side for side in (reference, bare_loop, harness, matmul, tax)}
+
+
+class Pace:
+    """In a side's process: called after every step; at the end of a turn it answers and waits for the next."""
+
+    def __init__(self, warmup: int, device: str) -> None:
+        self._answers = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
+        self._device, self._left, self._started = device, warmup, time.perf_counter()
+
+    def __call__(self, **answer: object) -> None:
+        self._left -= 1
+        if self._left > 0:
+            return
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self._device != "cpu":
+            import torch
+
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
+        answer |= {"seconds": time.perf_counter() - self._started, "peak_memory_bytes": peak}
+        self._answers.write(json.dumps(answer) + "\n")
+        if not (turn := sys.stdin.readline()):
+            raise SystemExit
+        self._left, self._started = int(turn), time.perf_counter()
+
+
+class Side:
+    """In this process: a side's process, started to make `warmup` steps."""
+
+    def __init__(self, side: str, threads: int, warmup: int = 2, **arguments: object) -> None:
+        task = json.dumps({"side": side, "threads": threads, "warmup": warmup, "arguments": arguments})
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--side", task],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)},
+            text=True,
+        )
+
+    def ready(self) -> dict:
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self.process.args[-1]} ended with status {self.process.wait()}")
+        return json.loads(answer)
+
+    def turn(self, steps: int) -> float:
+        """Seconds of so many steps."""
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        return self.ready()["seconds"]
+
+    def ready_within(self, seconds: float) -> bool:
+        """Whether it is ready by then; it is stopped otherwise."""
+        import select
+
+        if select.select([self.process.stdout], [], [], seconds)[0] and self.process.stdout.readline():
+            return True
+        self.close()
+        return False
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(2)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def run_side(task: dict) -> None:
+    import torch
+
+    torch.set_num_threads(task["threads"])
+    torch.manual_seed(0)
+    arguments = task["arguments"]
+    SIDES[task["side"]](Pace(task["warmup"], arguments["device"]), **arguments)
+
+
+def bench_steps(options: argparse.Namespace, say: Callable[[str], None]) -> dict:
+    """Images/s of every side, for each chip batch."""
+    sys.path.insert(0, str(ROOT))
+    from train.sim.workload import resnet as table
+
+    flops = table(options.depth, "imagenet", options.image_size, 1000).training_flops
+    common = {"depth": options.depth, "image_size": options.image_size, "device": options.device}
+    base = {name: Side(name, options.threads, **common) for name in ("reference", "matmul")}
+    try_compiling, compiled, rows = options.compile, False, []
+    for batch in options.chip_batch:
+        sides = dict(base)
+        sides["bare_loop"] = Side("bare_loop", options.threads, batch=batch, compiled=False, **common)
+        sides["harness"] = Side("harness", options.threads, batch=batch, chips=1, optimizer=options.optim, **common)
+        for name in ("bare_loop", "harness") if rows else sides:
+            sides[name].ready()
+        if try_compiling or compiled:
+            say(f"compiling the bare loop for {batch} images, for at most {COMPILE_LIMIT_S} s")
+            sides["compiled"] = Side("bare_loop", options.threads, batch=batch, compiled=True, **common)
+            if not sides["compiled"].ready_within(COMPILE_LIMIT_S):
+                del sides["compiled"]
+        times: dict[str, list[float]] = {name: [] for name in sides}
+        for number in range(options.rounds):
+            for name in list(sides) if number % 2 else list(reversed(sides)):
+                times[name].append(sides[name].turn(STEPS[name]) / STEPS[name])
+        for name in set(sides) - set(base):
+            sides[name].close()
+        rows.append(row := step_row(times, batch, flops))
+        try_compiling, compiled = False, row["bare_loop"] == "compiled"
+        say(step_line(row))
+    for side in base.values():
+        side.close()
+    return {"flops_per_image": flops, "steps": rows}
+
+
+def step_row(times: dict[str, list[float]], batch: int, flops: float) -> dict:
+    """Seconds a step of every side, round by round -> rates and ratios. The bare loop is the faster of its two forms."""
+    images = {name: batch for name in times} | {"reference": REFERENCE_BATCH}
+    rates = {name: [images[name] / s for s in seconds] for name, seconds in times.items() if name != "matmul"}
+    forms = {name: statistics.median(rates[name]) for name in ("bare_loop", "compiled") if name in rates}
+    bare = max(forms, key=forms.__getitem__)
+    matmul_flops = 2 * MATMUL_SIZE**3 / min(times["matmul"])
+
+    def ratio(other: str) -> float:
+        return statistics.median(h / o for h, o in zip(rates["harness"], rates[other], strict=True))
+
+    return {
+        "chip_batch": batch,
+        "reference_images_per_s": statistics.median(rates["reference"]),
+        "bare_loop_images_per_s": forms[bare],
+        "harness_images_per_s": statistics.median(rates["harness"]),
+        "ratio_to_reference": ratio("reference"),
+        "ratio_to_bare_loop": ratio(bare),
+        "matmul_limit_share": statistics.median(rates["harness"]) / (matmul_flops / flops),
+        "matmul_limit_images_per_s": matmul_flops / flops,
+        "matmul_gflops_per_s": matmul_flops / 1e9,
+        "bare_loop": "eager" if bare == "bare_loop" else "compiled",
+        "bare_loop_forms_images_per_s": {"eager" if n == "bare_loop" else n: rate for n, rate in forms.items()},
+        "rounds": rates,
+    }
+
+
+def step_line(row: dict) -> str:
+    forms = ", ".join(f"{name} {rate:.2f}" for name, rate in row["bare_loop_forms_images_per_s"].items())
+    ratios = ", ".join(f"{row[key]:.2f} {key} (at least {least})" for key, least in TARGETS.items())
+    return (
+        f"chip batch {row['chip_batch']}: harness {row['harness_images_per_s']:.2f} images/s, bare loop {forms}, "
+        f"reference {row['reference_images_per_s']:.2f}, matmul limit {row['matmul_limit_images_per_s']:.1f} "
+        f"({row['matmul_gflops_per_s']:.0f} GFLOP/s)\n    {ratios}"
+    )
+
+
+def bench_mesh(options: argparse.Namespace, say: Callable[[str], None]) -> dict:
+    """Seconds of a step and peak memory of the same images on meshes of different sizes, each in a fresh process."""
+    image_size, batch = (MESH_SIZE, 64) if options.quick else (MESH_SIZE, MESH_BATCH)
+    rows = []
+    for chips in MESH_CHIPS:
+        chips = min(chips, batch // 4)
+        arguments = {"depth": options.depth, "image_size": image_size, "device": options.device}
+        side = Side(
+            "harness", options.threads, 1, batch=batch // chips, chips=chips, optimizer=options.optim, **arguments
+        )
+        first = side.ready()  # starts and warms up, a few percent of so long a step
+        seconds = [side.turn(1) for _ in range(options.mesh_steps)]
+        side.close()
+        rows.append(
+            {
+                "image_size": image_size,
+                "chips": chips,
+                "chip_batch": batch // chips,
+                "step_s": statistics.median(seconds) if seconds else first["seconds"],
+                "peak_memory_bytes": first["peak_memory_bytes"],
+            }
+        )
+        say(f"{image_size} px, batch {batch} on {chips:5d} chips: {rows[-1]['step_s']:7.2f} s a step, "
+            f"peak {rows[-1]['peak_memory_bytes'] / 2**20:,.0f} MiB")  # fmt: skip
+    spread = {key: max(r[key] for r in rows) / min(r[key] for r in rows) - 1 for key in ("step_s", "peak_memory_bytes")}
+    say(f"    largest over smallest: {spread['step_s']:+.1%} time (at most 15 %), "
+        f"{spread['peak_memory_bytes']:+.1%} memory (at most 10 %)")  # fmt: skip
+    return {"mesh": rows, "mesh_time_spread": spread["step_s"], "mesh_memory_spread": spread["peak_memory_bytes"]}
+
+
+def bench_tax(options: argparse.Namespace, say: Callable[[str], None]) -> dict:
+    """The chip tax of a few cases."""
+    cases = QUICK_TAX_CASES if options.quick else TAX_CASES
+    side = Side("tax", options.threads, 1, cases=cases, repeats=3, device=options.device)
+    rows = []
+    for _ in cases:
+        rows.append(row := side.ready()["row"])
+        say(f"{row['image_size']} px, {row['chips']} chips x {row['chip_batch']}: chip tax {row['tax']:.3f} "
+            f"(at least {row['target']}), plain loop {row['loop_tax']:.3f}")  # fmt: skip
+        side.process.stdin.write("1\n")
+        side.process.stdin.flush()
+    side.close()
+    return {"chip_tax": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--quick", action="store_true", help="one round, small cases, nothing compiled")
+    parser.add_argument("--only", nargs="+", choices=("step", "mesh", "tax"), default=["step", "mesh", "tax"])
+    parser.add_argument("--chip-batch", type=int, nargs="+", default=[32, 16])
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every side")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="the bare loop is eager")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--mesh-steps", type=int, default=0, help="timed steps after the first, else the first counts")
+    parser.add_argument("--optim", choices=("sgd", "lars"), default="sgd")
+    parser.add_argument("--depth", type=int, default=50, help="of the ResNet")
+    parser.add_argument("--image-size", type=int, default=224, help="of the part step")
+    parser.add_argument("--side", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        return run_side(options.side)
+    if options.quick:
+        options.rounds, options.compile = 1, False
+    say = (lambda line: None) if options.json else (lambda line: print(line, flush=True))
+    parts = {"step": bench_steps, "mesh": bench_mesh, "tax": bench_tax}
+    result = {"device": options.device, "threads": options.threads, "optim": options.optim}
+    for name in options.only:
+        result |= parts[name](options, say)
+    if "steps" in result:  # the first chip batch's, also at the top
+        result |= {key: value for key, value in result["steps"][0].items() if key != "rounds"}
+    if options.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
