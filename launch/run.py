@@ -135,6 +135,8 @@ def _train(
     print(report([folder]).text)
     if error:
         print(f"launch.run: the run failed: {error}", file=sys.stderr)
+    if result["status"] == "interrupted":
+        raise KeyboardInterrupt  # ends a sweep as well
     return 0 if result["status"] == "done" else 1
 
 

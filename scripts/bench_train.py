@@ -106,7 +106,7 @@ def harness(
 
     class Paced(Callback):
         def on_step(self, record) -> None:
-            pace()
+            pace(step_s=record.step_s)
 
     keep_freed_memory()
     device, group = choose_device(device), SingleGroup()
@@ -278,7 +278,7 @@ def bench_steps(options: argparse.Namespace, say: Callable[[str], None]) -> dict
 
 
 def step_row(times: dict[str, list[float]], batch: int, flops: float) -> dict:
-    """Seconds a step of every side, round by round -> rates and ratios. The bare loop is the faster of its two forms."""
+    """Seconds a step of every side, round by round -> rates and ratios, to the faster form of the bare loop."""
     images = {name: batch for name in times} | {"reference": REFERENCE_BATCH}
     rates = {name: [images[name] / s for s in seconds] for name, seconds in times.items() if name != "matmul"}
     forms = {name: statistics.median(rates[name]) for name in ("bare_loop", "compiled") if name in rates}
@@ -325,14 +325,14 @@ def bench_mesh(options: argparse.Namespace, say: Callable[[str], None]) -> dict:
             "harness", options.threads, 1, batch=batch // chips, chips=chips, optimizer=options.optim, **arguments
         )
         first = side.ready()  # starts and warms up, a few percent of so long a step
-        seconds = [side.turn(1) for _ in range(options.mesh_steps)]
+        seconds = [side.turn(1) for _ in range(options.mesh_steps)] or [first["step_s"]]
         side.close()
         rows.append(
             {
                 "image_size": image_size,
                 "chips": chips,
                 "chip_batch": batch // chips,
-                "step_s": statistics.median(seconds) if seconds else first["seconds"],
+                "step_s": statistics.median(seconds),
                 "peak_memory_bytes": first["peak_memory_bytes"],
             }
         )

@@ -67,6 +67,7 @@ def broken_rules(run) -> list[str]:
     config = run.config
     optim, schedule, model = (config.get(group) or {} for group in ("optim", "schedule", "model"))
     lars, momentum, decay = _name(optim) == "LARS", optim.get("momentum"), optim.get("weight_decay") or 0
+    rate = schedule.get("base_lr", 0)
     warm = run.global_batch_size >= 32_768  # LARS may then choose its momentum
     rules = {
         "the data is not ImageNet": (run.num_train, run.num_eval) == IMAGENET_SIZES,
@@ -74,7 +75,7 @@ def broken_rules(run) -> list[str]:
         "the optimizer is neither LARS nor SGD": _name(optim) in ("LARS", "SGD"),
         "the schedule is not polynomial of power 2": schedule.get("power") == 2,
         "schedule.end_lr is not 0.0001": schedule.get("end_lr") == 0.0001,
-        "schedule.base_lr is no multiple of 0.001": lars or (schedule.get("base_lr", 0) / 0.001).is_integer(),
+        "schedule.base_lr is no multiple of 0.001": lars or math.isclose(1000 * rate, round(1000 * rate)),
         "optim.epsilon is not 0": optim.get("epsilon", 0) == 0,
         "optim.momentum is not 0.9": momentum == 0.9 or (lars and warm),
         "optim.nesterov is set": not optim.get("nesterov"),
