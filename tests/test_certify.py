@@ -182,7 +182,7 @@ def test_unequal_shares_go_round(num_blocks, shares):
         (["nonsense=2"], "nonsense: no such key"),
         (["mesh.axes.host=3"], "'4 workers' needs 4 blocks, and the mesh has 3: use a larger mesh, a smaller bn_span"),
         (["bn_span=40"], "'2 workers' needs 2 blocks, and the mesh has 1: use"),
-        (["numerics=fast", "gradient_sum=plan"], "gradient_sum=plan: "),
+        (["numerics=fast", "gradient_sum=plan"], "workers=2: "),
         (["--layouts", "5 workers"], "--layouts 5 workers: give one of '1 worker', "),
         (["--layouts", "killed"], "--layouts killed: one alone certifies nothing"),
     ],

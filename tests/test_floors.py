@@ -16,7 +16,7 @@ FLOORS = (
     (1, "numpy", "train.comm.algorithms train.comm.tree train.sim"),
     (2, "numpy", "train.emulator train.report train.conditions"),
     (2, "torch", "train.comm train.data train.models train.optim train.metrics train.checkpoint train.precision"),
-    (2, "torch", "train.comm.plan_group train.tensorboard train.mlperf_log train.trace"),
+    (2, "torch", "train.memory train.comm.plan_group train.tensorboard train.mlperf_log train.trace"),
     (3, "torch", "train.trainer"),
     (4, "torch", "train.callbacks"),
     (5, "torch", "train.build"),

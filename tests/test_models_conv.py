@@ -88,3 +88,12 @@ def test_images_without_a_gradient_get_none():
     assert layer.weight.grad is not None and images.grad is None
     with torch.inference_mode():
         torch.testing.assert_close(layer(images), nn.functional.conv2d(images, layer.weight))
+
+
+def test_a_1x1_product_of_stride_1_keeps_no_copy_of_its_images():
+    images = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()), lambda nothing: None):
+        layer = Conv2d(8, 4, 1)
+        layer(images)
+    assert kept and set(kept) == {images.data_ptr(), layer.weight.data_ptr()}

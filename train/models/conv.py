@@ -114,7 +114,9 @@ def _under(pixels: Tensor, tap: tuple[int, int], stride: int, size: Size) -> Ten
 
 def _gather(images: Tensor, taps: Taps, margin: int, stride: int, size: Size) -> Tensor:
     """[pixels of the result, taps * inputs]; no copy for a 1x1 kernel of stride 1 and channels last."""
-    pixels = functional.pad(images.permute(0, 2, 3, 1), (0, 0, margin, margin, margin, margin))
+    pixels = images.permute(0, 2, 3, 1)
+    if margin:  # a pad of nothing is a copy
+        pixels = functional.pad(pixels, (0, 0, margin, margin, margin, margin))
     parts = [_under(pixels, tap, stride, size) for tap in taps]
     gathered = parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
     return gathered.reshape(-1, len(taps) * images.shape[1])
