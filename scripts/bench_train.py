@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE_BATCH = 32  # torchvision's default
-MATMUL_SIZE = 4096
+MATMUL_SIZE, QUICK_MATMUL_SIZE = 4096, 1024
 MESH_SIZE, MESH_BATCH, MESH_CHIPS = 32, 8192, (8, 64, 1024)
 TAX_CASES = ((224, 4, 8, 0.95), (224, 16, 2, 0.9), (32, 256, 2, 0.85))
 QUICK_TAX_CASES = ((32, 16, 2, 0.85),)
@@ -141,11 +141,11 @@ def harness(
         trainer.train([MetricsCallback([JsonlSink(folder)]), Paced()], save=partial(max, 0))
 
 
-def matmul(pace: Callable[[], None], device: str, **_) -> None:
+def matmul(pace: Callable[[], None], size: int, device: str) -> None:
     """One large bfloat16 product a step."""
     import torch
 
-    left, right = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device).bfloat16() for _ in range(2))
+    left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     while True:
         (left @ right)[0, 0].item()
         pace()
@@ -250,7 +250,11 @@ def bench_steps(options: argparse.Namespace, say: Callable[[str], None]) -> dict
 
     flops = table(options.depth, "imagenet", options.image_size, 1000).training_flops
     common = {"depth": options.depth, "image_size": options.image_size, "device": options.device}
-    base = {name: Side(name, options.threads, **common) for name in ("reference", "matmul")}
+    size = QUICK_MATMUL_SIZE if options.quick else MATMUL_SIZE
+    base = {
+        "reference": Side("reference", options.threads, **common),
+        "matmul": Side("matmul", options.threads, size=size, device=options.device),
+    }
     try_compiling, compiled, rows = options.compile, False, []
     for batch in options.chip_batch:
         sides = dict(base)
@@ -269,7 +273,7 @@ def bench_steps(options: argparse.Namespace, say: Callable[[str], None]) -> dict
                 times[name].append(sides[name].turn(STEPS[name]) / STEPS[name])
         for name in set(sides) - set(base):
             sides[name].close()
-        rows.append(row := step_row(times, batch, flops))
+        rows.append(row := step_row(times, batch, flops, 2.0 * size**3))
         try_compiling, compiled = False, row["bare_loop"] == "compiled"
         say(step_line(row))
     for side in base.values():
@@ -277,13 +281,14 @@ def bench_steps(options: argparse.Namespace, say: Callable[[str], None]) -> dict
     return {"flops_per_image": flops, "steps": rows}
 
 
-def step_row(times: dict[str, list[float]], batch: int, flops: float) -> dict:
+def step_row(times: dict[str, list[float]], batch: int, image_flops: float, product_flops: float) -> dict:
     """Seconds a step of every side, round by round -> rates and ratios, to the faster form of the bare loop."""
     images = {name: batch for name in times} | {"reference": REFERENCE_BATCH}
     rates = {name: [images[name] / s for s in seconds] for name, seconds in times.items() if name != "matmul"}
     forms = {name: statistics.median(rates[name]) for name in ("bare_loop", "compiled") if name in rates}
     bare = max(forms, key=forms.__getitem__)
-    matmul_flops = 2 * MATMUL_SIZE**3 / min(times["matmul"])
+    flops_per_s = product_flops / min(times["matmul"])
+    limit = flops_per_s / image_flops
 
     def ratio(other: str) -> float:
         return statistics.median(h / o for h, o in zip(rates["harness"], rates[other], strict=True))
@@ -295,9 +300,9 @@ def step_row(times: dict[str, list[float]], batch: int, flops: float) -> dict:
         "harness_images_per_s": statistics.median(rates["harness"]),
         "ratio_to_reference": ratio("reference"),
         "ratio_to_bare_loop": ratio(bare),
-        "matmul_limit_share": statistics.median(rates["harness"]) / (matmul_flops / flops),
-        "matmul_limit_images_per_s": matmul_flops / flops,
-        "matmul_gflops_per_s": matmul_flops / 1e9,
+        "matmul_limit_share": statistics.median(rates["harness"]) / limit,
+        "matmul_limit_images_per_s": limit,
+        "matmul_gflops_per_s": flops_per_s / 1e9,
         "bare_loop": "eager" if bare == "bare_loop" else "compiled",
         "bare_loop_forms_images_per_s": {"eager" if n == "bare_loop" else n: rate for n, rate in forms.items()},
         "rounds": rates,

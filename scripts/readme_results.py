@@ -1,9 +1,12 @@
-"""Writes the README's tables: finished runs from docs/results, the record from the emulator.
+"""Writes the README's tables: finished runs, certificate and speed from docs/results, the record from the emulator.
 
     python scripts/readme_results.py [RUN ...]
 
 keeps each RUN folder's env.json and result.json under docs/results/ and rewrites the tables between the
-README's markers. A test calls `tables` and compares.
+README's markers. A test calls `tables` and compares. The other two files there are outputs:
+
+    python scripts/certify.py --json > docs/results/certificate.json
+    python scripts/bench_train.py --json > docs/results/bench_train.json
 """
 
 import argparse
@@ -48,12 +51,17 @@ def keep(run: Path) -> None:
 
 def tables() -> dict[str, str]:
     """The Markdown between each pair of markers, by the markers' name."""
-    return {"results": runs_table(), "record": record_table()}
+    return {
+        "results": runs_table(),
+        "record": record_table(),
+        "certificate": certificate_table(),
+        "speed": speed_table(),
+    }
 
 
 def runs_table() -> str:
     rows = [RUN_COLUMNS]
-    for folder in sorted(KEPT.iterdir()):
+    for folder in sorted(path for path in KEPT.iterdir() if path.is_dir()):
         result = json.loads((folder / "result.json").read_text())
         contract = json.loads((folder / "env.json").read_text())["contract"]
         low, high = result["emulated_interval_s"]
@@ -88,6 +96,41 @@ def record_table() -> str:
     low, high = made["interval_s"]
     emulated = f"{made['time_to_train_s']:.1f} s ({low:.0f} to {high:.0f} s)"
     rows.append(("this emulator, `imagenet_atlas900`", chips, batch, "64 to 72, our reading", "", emulated))
+    return markdown(rows)
+
+
+def certificate_table() -> str:
+    made = json.loads((KEPT / "certificate.json").read_text())
+    rows = [("layout", "SHA-256 of the weights"), *((name, f"`{sha256}`") for name, sha256 in made["hashes"].items())]
+    loss = f"loss {made['loss_first']:.3f} to {made['loss_last']:.3f}"
+    found = "all equal" if made["all_equal"] else "NOT all equal"
+    head = f"numerics={made['mode']}, {made['chips']} chips in blocks of {made['block']}, {made['steps']} steps, {loss}: "
+    return f"{head}**{found}**.\n\n{markdown(rows)}"
+
+
+def speed_table() -> str:
+    made = json.loads((KEPT / "bench_train.json").read_text())
+    rows = [("what", "measured", "aim")]
+    for step in made["steps"]:
+        rates = ", ".join(
+            f"{name} {step[f'{key}_images_per_s']:.1f}"
+            for name, key in (("ours", "harness"), (f"{step['bare_loop']} bare loop", "bare_loop"))
+        )
+        rates += f", torchvision's reference {step['reference_images_per_s']:.1f}"
+        rates += f", matmul limit {step['matmul_limit_images_per_s']:.1f}"
+        case = f"ResNet-50, 224 px, chip batch {step['chip_batch']}"
+        rows += [
+            (f"{case}: images/s", rates, ""),
+            (f"{case}: against the reference", f"{step['ratio_to_reference']:.2f}", "3.5"),
+            (f"{case}: against the bare loop", f"{step['ratio_to_bare_loop']:.2f}", "0.97"),
+            (f"{case}: share of the matmul limit", f"{step['matmul_limit_share']:.2f}", "0.7"),
+        ]
+    for row in made["chip_tax"]:
+        case = f"{row['chips']} chips x {row['chip_batch']} against one plain batch, {row['image_size']} px"
+        rows.append((case, f"{row['tax']:.2f} (plain loop over chips {row['loop_tax']:.2f})", f"{row['target']}"))
+    sizes = ", ".join(f"{row['chips']:,}" for row in made["mesh"])
+    rows.append((f"32 px, batch 8,192 on {sizes} chips: time apart", f"{made['mesh_time_spread']:.1%}", "15 %"))
+    rows.append((f"32 px, batch 8,192 on {sizes} chips: memory apart", f"{made['mesh_memory_spread']:.1%}", "10 %"))
     return markdown(rows)
 
 

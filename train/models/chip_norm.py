@@ -43,9 +43,11 @@ def loop_backward(
     gradient: Tensor, images: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, eps: float, sizes: tuple[int, ...]
 ) -> Moments:
     """Gradients of `loop_forward`: of the images, the weight and the bias."""
+    kernel, wanted = torch.ops.aten.native_batch_norm_backward.default, [True] * 3
+    if len(sizes) == 1:
+        return kernel(gradient, images, weight, None, None, mean[0], rstd[0], True, eps, wanted)
     result = torch.empty_like(images)
     d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(weight)
-    kernel, wanted = torch.ops.aten.native_batch_norm_backward.default, [True] * 3
     parts = (gradient.split(sizes), images.split(sizes), result.split(sizes), mean.unbind(), rstd.unbind())
     with torch.inference_mode():
         for g, x, out, m, r in zip(*parts, strict=True):
