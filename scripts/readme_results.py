@@ -104,7 +104,9 @@ def certificate_table() -> str:
     rows = [("layout", "SHA-256 of the weights"), *((name, f"`{sha256}`") for name, sha256 in made["hashes"].items())]
     loss = f"loss {made['loss_first']:.3f} to {made['loss_last']:.3f}"
     found = "all equal" if made["all_equal"] else "NOT all equal"
-    head = f"numerics={made['mode']}, {made['chips']} chips in blocks of {made['block']}, {made['steps']} steps, {loss}: "
+    head = (
+        f"numerics={made['mode']}, {made['chips']} chips in blocks of {made['block']}, {made['steps']} steps, {loss}: "
+    )
     return f"{head}**{found}**.\n\n{markdown(rows)}"
 
 

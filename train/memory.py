@@ -3,7 +3,7 @@
 glibc's malloc asks the kernel for every large block and gives it back when it is freed, so that each step has its
 memory mapped and zeroed page by page once more. Measured with ResNet-50, 32 images of 224 pixels, one core: 10,000 page
 faults and 13 to 22 ms of kernel time an image out of 120, and none with the settings below, in the main thread and in
-others, for 8 % more peak memory by themselves. (Up to 32 MiB a block, as with 16 images, malloc learns to keep it by itself.) Huge
+others, for 8 % more peak memory. (Up to 32 MiB a block, as with 16 images, malloc learns to keep it by itself.) Huge
 pages save no more, and finding them cost up to 70 ms an image on a machine whose memory was in use.
 """
 
