@@ -215,7 +215,8 @@ def document(found: Study) -> str:
         *(f"- computed by {line}" for line in sorted({computed_by(run) for run in found.runs.values()})),
         "",
         "Final training loss: mean over the last epoch's steps, with each chip's own statistics. Measured seconds: the "
-        "run's clock here, evaluations included. Emulated seconds: the modelled cluster's clock, which does not charge "
+        "run's clock here, evaluations included; they compare only where the machine was otherwise idle. "
+        "Emulated seconds: the modelled cluster's clock, which does not charge "
         "the exchange of statistics that a span of more than one chip would need there.",
         "",
         "## Again",
