@@ -1,12 +1,11 @@
-"""Writes the README's tables: finished runs, certificate and speed from docs/results, the record from the emulator.
+"""Writes the README's tables: finished runs and certificate from docs/results, the record from the emulator.
 
     python scripts/readme_results.py [RUN ...]
 
 keeps each RUN folder's env.json and result.json under docs/results/ and rewrites the tables between the
-README's markers. A test calls `tables` and compares. The other two files there are outputs:
+README's markers. A test calls `tables` and compares. The certificate there is an output:
 
     python scripts/certify.py --json > docs/results/certificate.json
-    python scripts/bench_train.py --json > docs/results/bench_train.json
 """
 
 import argparse
@@ -55,7 +54,6 @@ def tables() -> dict[str, str]:
         "results": runs_table(),
         "record": record_table(),
         "certificate": certificate_table(),
-        "speed": speed_table(),
     }
 
 
@@ -108,32 +106,6 @@ def certificate_table() -> str:
         f"numerics={made['mode']}, {made['chips']} chips in blocks of {made['block']}, {made['steps']} steps, {loss}: "
     )
     return f"{head}**{found}**.\n\n{markdown(rows)}"
-
-
-def speed_table() -> str:
-    made = json.loads((KEPT / "bench_train.json").read_text())
-    rows = [("what", "measured", "aim")]
-    for step in made["steps"]:
-        rates = ", ".join(
-            f"{name} {step[f'{key}_images_per_s']:.1f}"
-            for name, key in (("ours", "harness"), (f"{step['bare_loop']} bare loop", "bare_loop"))
-        )
-        rates += f", torchvision's reference {step['reference_images_per_s']:.1f}"
-        rates += f", matmul limit {step['matmul_limit_images_per_s']:.1f}"
-        case = f"ResNet-50, 224 px, chip batch {step['chip_batch']}"
-        rows += [
-            (f"{case}: images/s", rates, ""),
-            (f"{case}: against the reference", f"{step['ratio_to_reference']:.2f}", "3.5"),
-            (f"{case}: against the bare loop", f"{step['ratio_to_bare_loop']:.2f}", "0.97"),
-            (f"{case}: share of the matmul limit", f"{step['matmul_limit_share']:.2f}", "0.7"),
-        ]
-    for row in made["chip_tax"]:
-        case = f"{row['chips']} chips x {row['chip_batch']} against one plain batch, {row['image_size']} px"
-        rows.append((case, f"{row['tax']:.2f} (plain loop over chips {row['loop_tax']:.2f})", f"{row['target']}"))
-    sizes = ", ".join(f"{row['chips']:,}" for row in made["mesh"])
-    rows.append((f"32 px, batch 8,192 on {sizes} chips: time apart", f"{made['mesh_time_spread']:.1%}", "15 %"))
-    rows.append((f"32 px, batch 8,192 on {sizes} chips: memory apart", f"{made['mesh_memory_spread']:.1%}", "10 %"))
-    return markdown(rows)
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:
