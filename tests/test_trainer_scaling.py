@@ -195,6 +195,7 @@ def on_two(rank: int, world_size: int, store, folder: Path) -> None:
     run_worker(tiny(*EVERYTHING, "checkpoint_every=0.01"), context, folder)
 
 
+@pytest.mark.slow
 def test_fp16_with_averages_is_the_same_on_two_workers_and_after_a_resume_on_one(tmp_path, monkeypatch):
     """Weights, velocities, averages, statistics and the loss scale."""
     for name in ("START_SCALE", "GROWTH_INTERVAL"):
