@@ -36,6 +36,7 @@ from train.optim.lars import LARS
 from train.optim.sgd import SGD
 from train.optim.update import WeightUpdate
 from train.precision import LossScale, choose_precision, describe_device
+from train.report import markdown_table
 from train.trainer import chip_losses
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "emulated_equals_real.md"
@@ -544,17 +545,12 @@ def free_rows(results: list[FreeErrors]) -> list[tuple[str, ...]]:
     return [*rows, ("bound", *(f"({r.bound:.0e})" if r.bound < math.inf else "none" for r in results))]
 
 
-def markdown(rows: list[tuple[str, ...]]) -> str:
-    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
-    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
-
-
 def document(steps: list[StepErrors], free: list[FreeErrors], seconds: float) -> str:
     return TEXT.format(
         chips=CHIPS,
         pixels=steps[0].case.image_size,
-        steps=markdown(step_rows(steps)),
-        free=markdown(free_rows(free)),
+        steps=markdown_table(step_rows(steps)),
+        free=markdown_table(free_rows(free)),
         kink=KINK,
         rates=" and ".join(f"{rate:g} for {name.upper()}" for name, rate in LEARNING_RATES.items()),
         free_batch=free[0].case.sizes[0],
@@ -589,7 +585,7 @@ def main() -> int:
         seconds = time.perf_counter() - started
         print(json.dumps(finite({"passed": passed, "bounds": bounds, "seconds": seconds} | rows)))
     else:
-        print(markdown(step_rows(steps)), markdown(free_rows(free)), sep="\n\n")
+        print(markdown_table(step_rows(steps)), markdown_table(free_rows(free)), sep="\n\n")
         print(f"\n{'all bounds hold' if passed else 'A BOUND IS MISSED'}; {time.perf_counter() - started:.0f} s")
     return 0 if passed else 1
 

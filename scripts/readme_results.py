@@ -20,6 +20,7 @@ from train import emulator
 from train.conditions import as_percent
 from train.metrics import write_aside
 from train.records import find, load
+from train.report import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "docs" / "results"
@@ -78,7 +79,7 @@ def runs_table() -> str:
                 f"{result['numerics']}",
             )
         )
-    return markdown(rows)
+    return markdown_table(rows)
 
 
 def record_table() -> str:
@@ -94,7 +95,7 @@ def record_table() -> str:
     low, high = made["interval_s"]
     emulated = f"{made['time_to_train_s']:.1f} s ({low:.0f} to {high:.0f} s)"
     rows.append(("this emulator, `imagenet_atlas900`", chips, batch, "64 to 72, our reading", "", emulated))
-    return markdown(rows)
+    return markdown_table(rows)
 
 
 def certificate_table() -> str:
@@ -105,12 +106,7 @@ def certificate_table() -> str:
     head = (
         f"numerics={made['mode']}, {made['chips']} chips in blocks of {made['block']}, {made['steps']} steps, {loss}: "
     )
-    return f"{head}**{found}**.\n\n{markdown(rows)}"
-
-
-def markdown(rows: list[tuple[str, ...]]) -> str:
-    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
-    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+    return f"{head}**{found}**.\n\n{markdown_table(rows)}"
 
 
 def fill(text: str, content: dict[str, str]) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from launch.run_folder import HERE, OF_THE_COMMAND, leaves, read_json
 from train.conditions import as_count
 from train.metrics import read_rows, write_aside
+from train.report import markdown_table
 
 EXPERIMENT = "cifar10_bn_span"
 SPANS = (1, 4, 16, 64, 256, 1024)  # chips
@@ -165,8 +166,7 @@ def table(found: Study) -> str:
                 with_spread([run.result["emulated_s"] for run in runs], 3),
             )
         )
-    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
-    return "\n".join([head, "|---" * len(COLUMNS) + "|", *body])
+    return markdown_table(rows)
 
 
 def with_spread(values: list[float], digits: int, unit: str = "") -> str:

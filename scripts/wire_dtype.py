@@ -33,6 +33,7 @@ from train.models.chip_norm import ChipBatchNorm2d, ChipPass, allocate_chips, ch
 from train.models.conv import Conv2d
 from train.models.resnet import BasicBlock
 from train.precision import DTYPES
+from train.report import markdown_table
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PLANS = {plan.__name__: plan for plan in (ring, halving_doubling, hierarchical)}
@@ -247,11 +248,6 @@ def percent(share: float) -> str:
     return "0" if share == 0 else f"{100 * share:.2g} %" if share < 0.5 else f"{100 * share:.1f} %"
 
 
-def markdown(rows: list[list[str]]) -> str:
-    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
-    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
-
-
 def pairs(rows: list[dict]) -> list[tuple[dict, dict]]:
     """Each row of the network at the start with the same row of the trained one."""
     start, trained = ([row for row in rows if row["state"] == state] for state in ("start", "trained"))
@@ -283,7 +279,7 @@ def tables(found: dict) -> dict[str, str]:
         numbers = [f"{row['loss']:.3f}", percent(row["top1"]), str(row["skipped"]), percent(row["weights_apart"])]
         trainings.append([f"{row['dtype']}, {row['plan']}", f"{row['loss_scale']:,}", *numbers])
     found_in = {"growth": grown, "stagnation": stagnant, "range": ranges, "training": trainings}
-    return {name: markdown(rows) for name, rows in found_in.items()}
+    return {name: markdown_table(rows) for name, rows in found_in.items()}
 
 
 def document(found: dict) -> str:

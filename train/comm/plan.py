@@ -24,6 +24,13 @@ class Round(NamedTuple):
     last: np.ndarray
     reduce: bool
 
+    def by_chunk(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(source, destination, chunk) of every chunk that moves, transfer after transfer."""
+        counts = self.last - self.first
+        transfer = np.repeat(np.arange(len(counts)), counts)
+        chunk = self.first[transfer] + np.arange(len(transfer)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self.source[transfer], self.destination[transfer], chunk
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -86,12 +93,10 @@ def run_on_arrays(plan: Plan, buffers: np.ndarray) -> np.ndarray:
     chunks[:, :length] = buffers
     chunks = chunks.reshape(chips, plan.num_chunks, width)
     for turn in plan.rounds():
-        counts = turn.last - turn.first
-        transfer = np.repeat(np.arange(len(counts)), counts)
-        chunk = turn.first[transfer] + np.arange(len(transfer)) - np.repeat(np.cumsum(counts) - counts, counts)
-        sent = chunks[turn.source[transfer], chunk]
+        source, destination, chunk = turn.by_chunk()
+        sent = chunks[source, chunk]
         if turn.reduce:
-            np.add.at(chunks, (turn.destination[transfer], chunk), sent)
+            np.add.at(chunks, (destination, chunk), sent)
         else:
-            chunks[turn.destination[transfer], chunk] = sent
+            chunks[destination, chunk] = sent
     return chunks.reshape(chips, -1)[:, :length]

@@ -48,11 +48,9 @@ def run_on_tensors(plan: Plan, chunks: Tensor) -> None:
     """Run `plan` in place on [chips, num_chunks, columns], contiguous; sums are rounded to the tensor's dtype."""
     rows = chunks.view(-1, chunks.shape[2])
     for turn in plan.rounds():
-        counts = turn.last - turn.first
-        transfer = np.repeat(np.arange(len(counts)), counts)
-        chunk = turn.first[transfer] + np.arange(len(transfer)) - np.repeat(np.cumsum(counts) - counts, counts)
-        source = torch.from_numpy(turn.source[transfer] * plan.num_chunks + chunk).to(rows.device)
-        destination = turn.destination[transfer] * plan.num_chunks + chunk
+        sources, destinations, chunk = turn.by_chunk()
+        source = torch.from_numpy(sources * plan.num_chunks + chunk).to(rows.device)
+        destination = destinations * plan.num_chunks + chunk
         sent = rows.index_select(0, source)  # before anything of this round has arrived
         for arriving in _one_a_row(destination):
             taken = torch.from_numpy(destination[arriving]).to(rows.device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from train.models.chip_norm import ChipBatchNorm2d, ChipPass
 from train.models.conv import Conv2d
-from train.models.resnet import BasicBlock
+from train.models.resnet import BasicBlock, add_stages, initialise
 from train.sim.workload import CIFAR_WIDTHS, cifar_blocks, cifar_stem_stride
 
 
@@ -25,13 +25,8 @@ class CifarResNet(nn.Module):
         inputs = CIFAR_WIDTHS[0]
         self.conv1 = Conv2d(3, inputs, 3, cifar_stem_stride(stem))
         self.bn1 = ChipBatchNorm2d(inputs, chip_pass)
-        for stage, width in enumerate(CIFAR_WIDTHS, 1):
-            layers = []
-            for i in range(cifar_blocks(depth)):
-                layers.append(BasicBlock(inputs, width, 2 if stage > 1 and i == 0 else 1, chip_pass))
-                inputs = width
-            setattr(self, f"layer{stage}", nn.Sequential(*layers))
-        self.fc = nn.Linear(inputs, num_classes)
+        add_stages(self, BasicBlock, inputs, CIFAR_WIDTHS, [cifar_blocks(depth)] * len(CIFAR_WIDTHS))
+        self.fc = nn.Linear(CIFAR_WIDTHS[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = torch.relu(self.bn1(self.conv1(images)))
@@ -54,9 +49,5 @@ def resnet_cifar(
     if num_classes < 2:
         raise ValueError(f"model.num_classes={num_classes}: at least 2 classes are needed")
     model = CifarResNet(depth, num_classes, stem, ChipPass())
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif zero_init_last_gamma and isinstance(module, BasicBlock):
-            nn.init.zeros_(module.last_norm.weight)
+    initialise(model, zero_init_last_gamma)
     return model
