@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from train.models.chip_norm import LOOP, ROWS, ChipBatchNorm2d, ChipPass, allocate_chips, fastest_form, normalise
+from train.models.chip_norm import ChipBatchNorm2d, ChipPass, allocate_chips, normalise
+from train.models.layout import pixels_first
 from train.models.resnet import ResNet, resnet
 
 # image size, chips, images of a chip, the tax that is aimed at
@@ -81,7 +82,7 @@ def chip_tax(image_size: int, chips: int, chip_batch: int, repeats: int, device:
         model.zero_grad(set_to_none=True)
 
     models = {kind: network(kind, chips, device) for kind in ("plain", "loop", "ours")}
-    times = interleaved({kind: lambda model=model: step(model) for kind, model in models.items()}, repeats, device)
+    times = in_turns({kind: lambda model=model: step(model) for kind, model in models.items()}, repeats, device)
     seconds = {kind: statistics.median(values) for kind, values in times.items()}
     taxes = {
         kind: statistics.median(plain / other for plain, other in zip(times["plain"], times[kind], strict=True))
@@ -116,19 +117,22 @@ def layer_row(channels: int, size: int, chips: int, chip_batch: int, repeats: in
     forms = {
         "plain": lambda: plain(images),
         "plain loop": lambda: torch.cat([plain(part) for part in images.chunk(chips)]),
-        "loop": lambda: normalise(images, weight, bias, EPS, sizes, LOOP)[0],
-        "rows": lambda: normalise(images, weight, bias, EPS, sizes, ROWS)[0],
+        "loop": lambda: normalise(images, weight, bias, EPS, sizes)[0],
+        "beside": lambda: normalise(mixed, weight, bias, EPS, sizes, beside=True)[0],
     }
-    inputs = (images, weight, bias)
-    runs = {name: lambda form=form: torch.autograd.grad(form(), inputs, gradient) for name, form in forms.items()}
-    times = {name: min(values) * 1e3 for name, values in interleaved(runs, repeats, device).items()}
-    fastest = min(("plain loop", "loop", "rows"), key=times.__getitem__)
-    taken = "rows" if fastest_form(images, sizes) is ROWS else "loop"
+    # neighbouring layers keep images in the layout of the form
+    mixed, mixed_gradient = (pixels_first(tensor.detach()).requires_grad_() for tensor in (images, gradient))
+    given = {name: ((images, weight, bias), gradient) for name in forms} | {
+        "beside": ((mixed, weight, bias), mixed_gradient)
+    }
+    runs = {name: lambda name=name: torch.autograd.grad(forms[name](), *given[name]) for name in forms}
+    times = {name: min(values) * 1e3 for name, values in in_turns(runs, repeats, device).items()}
+    fastest = min(("plain loop", "loop", "beside"), key=times.__getitem__)
     shape = {"chips": chips, "chip_batch": chip_batch, "channels": channels, "size": size}
-    return {**shape, "values": chip_batch * channels * size**2, "ms": times, "fastest": fastest, "taken": taken}
+    return {**shape, "values": chip_batch * channels * size**2, "ms": times, "fastest": fastest}
 
 
-def interleaved(runs: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, list[float]]:
+def in_turns(runs: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, list[float]]:
     """Seconds of each run in `repeats` rounds after one to warm up; every other round goes backwards."""
     clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     seconds = {name: [] for name in runs}
@@ -146,10 +150,10 @@ def interleaved(runs: dict[str, Callable[[], object]], repeats: int, device: str
 def layer_line(row: dict) -> str:
     times = "".join(
         f"{row['ms'][name]:11.2f}{'*' if name == row['fastest'] else ' '}"
-        for name in ("plain", "plain loop", "loop", "rows")
+        for name in ("plain", "plain loop", "loop", "beside")
     )
     shape = f"{row['chips']:4d} x {row['chip_batch']:<2d} {row['channels']:5d} {row['size']:3d}px"
-    return f"{shape} {row['values']:8d}{times}  {row['taken']}"
+    return f"{shape} {row['values']:8d}{times}"
 
 
 def tax_line(row: dict) -> str:
@@ -172,7 +176,7 @@ def main() -> None:
     result = {"device": options.device, "threads": options.threads, "torch": torch.__version__, "layers": [], "tax": []}
     if options.only != "tax":
         say("milliseconds a layer, forward and backward; * fastest of the three forms")
-        say("chips x images, channels, size, values of a chip       plain  plain loop        loop        rows  taken")
+        say("chips x images, channels, size, values of a chip       plain  plain loop        loop      beside")
         for size, chips, chip_batch in ((32, 64, 2),) if options.quick else ((32, 256, 2), (32, 256, 8), (224, 8, 2)):
             for layer in LAYERS[size]:
                 result["layers"].append(layer_row(*layer, chips, chip_batch, options.repeats, options.device))

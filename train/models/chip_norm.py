@@ -4,11 +4,10 @@ Ioffe and Szegedy 2015 (arXiv 1502.03167), its gradient as in section 3; statist
 2017 (arXiv 1706.02677, section 3). Two forms compute the same:
 
 - loop: torch's own kernel, group after group, written into one result: no concatenation, no autograd node per group;
-- rows: a pass [groups * images, C, H, W] with channels last is [groups, M, C] without a copy, where M = images * H * W;
-  tensor operations over as many groups at once as stay in the cache, in buffers of float32 (or float64).
+- beside: one call of that kernel for all groups, which lie beside the channels (see train/models/layout).
 
-Both leave autograd's bookkeeping for every small operation aside (`inference_mode` around what fills existing tensors),
-which is an eighth of the loop's time on small groups.
+The loop leaves autograd's bookkeeping for every small operation aside (`inference_mode` around what fills existing
+tensors), which is an eighth of its time on small groups.
 """
 
 from collections.abc import Callable
@@ -19,10 +18,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-LOOP_VALUES_CPU = 1 << 14
-LOOP_VALUES_CUDA = 1 << 20
-CHUNK_VALUES_CPU = 1 << 16
-CHUNK_VALUES_CUDA = 1 << 24
+from train.models.layout import chip_after_chip, interleaved, memory_format, pixels_first
+
+MAX_PIXELS_INTERLEAVED = 64 * 64
+"""Images up to this size are interleaved in a pass of several chips; in larger ones too few convolutions are products.
+
+ResNet-50, bfloat16, one thread, time of one plain batch norm over that of chips, with the loop and with chips beside
+channels: 32 pixels, 256 chips of 2 images 0.65 and 0.93, of 8 0.93 and 1.10; 128 pixels, 16 of 4 0.96 and 0.94;
+224 pixels, 16 of 2 0.96 and 0.87, 4 of 8 0.99 and 0.93 (scripts/bench_chip_norm.py has single layers too). torch's
+group norm with a group for each channel is no alternative: below 1,024 values of a channel it takes 60 times as long
+as one plain batch norm. On CUDA the limit is an estimate.
+"""
 
 Moments = tuple[Tensor, Tensor, Tensor]
 """A form's result: output, mean and 1 / sqrt(variance + eps) [groups, C]; or gradients of images, weight and bias."""
@@ -58,74 +64,36 @@ def loop_backward(
     return result, d_weight, d_bias
 
 
-def rows_forward(images: Tensor, weight: Tensor, bias: Tensor, eps: float, sizes: tuple[int, ...]) -> Moments:
-    """Normalise groups of equal size, many at once; the images have channels last."""
-    x, groups = _rows(images, len(sizes)), _groups_at_once(images, len(sizes))
-    output = torch.empty_like(images)
-    mean = weight.new_empty(len(x), 1, len(weight))
-    rstd = torch.empty_like(mean)
-    buffers = weight.new_empty(2, groups, *x.shape[1:])
-    share = _share(x, groups, weight)
-    parts = (x.split(groups), _rows(output, len(x)).split(groups), mean.split(groups), rstd.split(groups))
-    with torch.inference_mode():
-        for part, out, m, r in zip(*parts, strict=True):
-            values, work = buffers[:, : len(part)]
-            _mean(share, values.copy_(part), out=m)
-            _mean(share, torch.mul(values.sub_(m), values, out=work), out=r)
-            r.add_(eps).rsqrt_()
-            out.copy_(torch.addcmul(bias, values, r * weight, out=work))
-    return output, mean.squeeze(1), rstd.squeeze(1)
+def beside_forward(images: Tensor, weight: Tensor, bias: Tensor, eps: float, sizes: tuple[int, ...]) -> Moments:
+    """Normalise interleaved groups of one size, stored pixel after pixel, as one batch norm of groups x C channels."""
+    groups = len(sizes)
+    parameters = weight.repeat(groups), bias.repeat(groups)
+    result, mean, rstd = torch.native_batch_norm(_beside(images, groups), *parameters, None, None, True, 0.0, eps)
+    return _apart(result, images), mean.view(groups, -1), rstd.view(groups, -1)
 
 
-def rows_backward(
+def beside_backward(
     gradient: Tensor, images: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, eps: float, sizes: tuple[int, ...]
 ) -> Moments:
-    """Gradients of `rows_forward`: of the images, the weight and the bias.
-
-    With n the normalised images, it is weight * rstd * (g - mean(g) - n * mean(g * n)).
-    """
-    x, groups = _rows(images, len(sizes)), _groups_at_once(images, len(sizes))
-    result = torch.empty_like(images)
-    mean, rstd = mean.unsqueeze(1), rstd.unsqueeze(1)
-    of_weight, of_bias, scale = torch.empty_like(mean), torch.empty_like(mean), rstd * weight
-    buffers = weight.new_empty(3, groups, *x.shape[1:])
-    share = _share(x, groups, weight)
-    whole = (x, _rows(gradient, len(x)), _rows(result, len(x)), mean, rstd, of_weight, of_bias, scale)
-    with torch.inference_mode():
-        for part, g, out, m, r, mean_gn, mean_g, s in zip(*(tensor.split(groups) for tensor in whole), strict=True):
-            values, grads, work = buffers[:, : len(part)]
-            torch.sub(values.copy_(part), m, out=values)
-            _mean(share, grads.copy_(g), out=mean_g)
-            _mean(share, torch.mul(values, grads, out=work), out=mean_gn)
-            mean_gn.mul_(r)
-            torch.addcmul((s * mean_g).neg_(), values, (s * mean_gn).mul_(r).neg_(), out=work)
-            out.copy_(work.addcmul_(grads, s))
-    return result, of_weight.sum((0, 1)).mul_(x.shape[1]), of_bias.sum((0, 1)).mul_(x.shape[1])
+    """Gradients of `beside_forward`: of the images, the weight and the bias."""
+    groups = len(sizes)
+    wide = _beside(gradient, groups), _beside(images, groups), weight.repeat(groups)
+    inputs, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward.default(
+        *wide, None, None, mean.flatten(), rstd.flatten(), True, eps, [True] * 3
+    )
+    return _apart(inputs, images), of_weight.view(groups, -1).sum(0), of_bias.view(groups, -1).sum(0)
 
 
-def _rows(images: Tensor, groups: int) -> Tensor:
-    """[groups * n, C, H, W] with channels last -> [groups, n * H * W, C] without a copy."""
-    return images.permute(0, 2, 3, 1).view(groups, -1, images.shape[1])
+def _beside(images: Tensor, groups: int) -> Tensor:
+    """[n * groups, C, H, W] pixel after pixel -> [1, groups * C, 1, H * W * n] with channels last, without a copy."""
+    channels = groups * images.shape[1]
+    return images.permute(2, 3, 0, 1).view(1, -1, 1, channels).permute(0, 3, 1, 2)
 
 
-def _share(x: Tensor, groups: int, like: Tensor) -> Tensor:
-    return like.new_full((groups, 1, x.shape[1]), 1 / x.shape[1])
-
-
-def _mean(share: Tensor, values: Tensor, out: Tensor) -> None:
-    """Mean over the rows of [groups, M, C] into [groups, 1, C]; `out=` is never autocast."""
-    if values.device.type == "cpu":
-        # a product with a constant row takes half to a third of the time of torch.mean
-        torch.bmm(share[: len(values)], values, out=out)
-    else:
-        # where a product may be rounded to TF32
-        torch.mean(values, 1, keepdim=True, out=out)
-
-
-def _groups_at_once(images: Tensor, groups: int) -> int:
-    on_cpu = images.device.type == "cpu"
-    values = CHUNK_VALUES_CPU * torch.get_num_threads() if on_cpu else CHUNK_VALUES_CUDA
-    return min(groups, max(1, values * groups // images.numel()))
+def _apart(wide: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_beside`."""
+    number, channels, height, width = like.shape
+    return wide.permute(0, 2, 3, 1).view(height, width, number, channels).permute(2, 3, 0, 1)
 
 
 class _Normalise(torch.autograd.Function):
@@ -146,7 +114,10 @@ class _Normalise(torch.autograd.Function):
         if gradient is None:
             return (None,) * 6
         images, weight, mean, rstd = ctx.saved_tensors
-        gradient = gradient.contiguous(memory_format=_memory_format(images))
+        if ctx.form is BESIDE:
+            gradient = pixels_first(gradient)
+        else:
+            gradient = gradient.contiguous(memory_format=memory_format(images))
         gradients = ctx.form.backward(gradient, images, weight, mean, rstd, ctx.eps, ctx.sizes)
         return *gradients, None, None, None
 
@@ -160,48 +131,26 @@ class Form:
 
 
 LOOP = Form(loop_forward, loop_backward)
-ROWS = Form(rows_forward, rows_backward)
-
-
-def fastest_form(images: Tensor, sizes: tuple[int, ...]) -> Form:
-    """`ROWS` for small groups, `LOOP` for large ones, for groups of different sizes and without channels last.
-
-    A group is small with fewer than LOOP_VALUES values (images * C * H * W), on a CPU for each thread. One thread,
-    bfloat16, 256 groups of 2 images, forward and backward, milliseconds (one plain batch norm; torch's loop and
-    concatenation; loop; rows): 512 channels of 1 pixel 0.5, 9.8, 7.7, 3.0; 256 of 2 x 2 1.0, 9.9, 7.9, 4.2; 64 of 8 x 8
-    3.2, 13, 11, 10; 512 of 4 x 4 8.4, 20, 18, 24; 256 of 8 x 8 24, 35, 24, 42 (scripts/bench_chip_norm.py). torch's
-    group norm with a group for each channel is no alternative: below 1,024 values of a channel it takes 60 times as
-    long as one plain batch norm. The limits for more threads and CUDA are estimates.
-    """
-    values = images.numel() // len(sizes)
-    limit = LOOP_VALUES_CPU * torch.get_num_threads() if images.device.type == "cpu" else LOOP_VALUES_CUDA
-    rows = values < limit and len(set(sizes)) == 1 and images.is_contiguous(memory_format=torch.channels_last)
-    return ROWS if rows else LOOP
+BESIDE = Form(beside_forward, beside_backward)
 
 
 def normalise(
-    images: Tensor, weight: Tensor, bias: Tensor, eps: float, sizes: tuple[int, ...], form: Form | None = None
+    images: Tensor, weight: Tensor, bias: Tensor, eps: float, sizes: tuple[int, ...], beside: bool = False
 ) -> Moments:
-    """Batch norm of consecutive groups of `sizes` images, each with its own statistics; differentiable once.
+    """Batch norm of groups of `sizes` images, each with its own statistics; differentiable once.
 
-    images [sum(sizes), C, H, W] of any floating type, weight and bias [C] in float32 or float64 -> output like the
-    images; each group's mean and biased variance [groups, C] like the weight. The form is the fastest unless given.
-    Raises ValueError if a group has only one value for each channel.
+    images [sum(sizes), C, H, W] of any floating type, group after group, or interleaved groups of one size (beside);
+    weight and bias [C] in float32 or float64 -> output like the images; each group's mean and biased variance
+    [groups, C] like the weight. Raises ValueError if a group has only one value for each channel.
     """
     if min(sizes) * images.shape[2] * images.shape[3] < 2:
         raise ValueError(
             f"chip_batch_size={min(sizes)}: batch norm needs more than one value for each channel, and this layer's "
             f"images are {images.shape[2]} x {images.shape[3]}; use at least 2 images a chip, or bn_span=2"
         )
-    images = images.contiguous(memory_format=_memory_format(images))
-    output, mean, rstd = _Normalise.apply(images, weight, bias, eps, sizes, form or fastest_form(images, sizes))
+    images = pixels_first(images) if beside else images.contiguous(memory_format=memory_format(images))
+    output, mean, rstd = _Normalise.apply(images, weight, bias, eps, sizes, BESIDE if beside else LOOP)
     return output, mean, rstd.pow(-2).sub_(eps).clamp_(min=0)
-
-
-def _memory_format(images: Tensor) -> torch.memory_format:
-    """The format the images have, or channels first."""
-    last = images.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
 
 
 @dataclass
@@ -209,13 +158,28 @@ class ChipPass:
     """Which of a worker's chips the images of a forward pass belong to; one object shared by all layers of a model.
 
     The images of a pass lie chip after chip: `sizes[i]` images of its i-th chip, or the same number for each (None).
-    `first` counts from the worker's first chip; `span` consecutive chips share one set of statistics.
+    `first` counts from the worker's first chip; `span` consecutive chips share one set of statistics. `interleaved` is
+    true while the images of the pass's groups are (see `through`).
     """
 
     first: int = 0
     count: int = 1
     span: int = 1
     sizes: tuple[int, ...] | None = None
+    interleaved: bool = False
+
+    def through(self, layers: Callable[[Tensor], Tensor], images: Tensor, training: bool) -> Tensor:
+        """`layers(images)`, which in between are interleaved where that is faster; images and result [N, ...]."""
+        groups = len(self.groups())
+        pixels = images.shape[2] * images.shape[3]
+        alike = self.sizes is None or len(set(self.group_sizes(len(images)))) == 1
+        if not training or groups == 1 or pixels > MAX_PIXELS_INTERLEAVED or not alike:
+            return layers(images)
+        self.interleaved = True
+        try:
+            return chip_after_chip(layers(interleaved(images, groups)), groups)
+        finally:
+            self.interleaved = False
 
     def groups(self) -> range:
         """The batch-norm groups of this pass, numbered from the worker's first chip."""
@@ -262,7 +226,7 @@ class ChipBatchNorm2d(nn.Module):
             mean, var = self.running_mean, self.running_var
             return functional.batch_norm(images, mean, var, self.weight, self.bias, False, 0.0, self.eps)
         groups, sizes = self.chip_pass.groups(), self.chip_pass.group_sizes(len(images))
-        output, mean, var = normalise(images, self.weight, self.bias, self.eps, sizes)
+        output, mean, var = normalise(images, self.weight, self.bias, self.eps, sizes, self.chip_pass.interleaved)
         self._update(slice(groups.start, groups.stop), mean, var, images, sizes)
         return output
 

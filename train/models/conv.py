@@ -16,12 +16,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from train.models.layout import channels_last, is_pixels_first
+
 CHANNELS_PER_PIXEL = 10
 """A 3x3 product gathers 9 taps a pixel and spares the weights' rearranging, which grows with the channels: it is faster
 with this many input channels for each pixel of the result (512 of 7 x 7, 256 of 4 x 4, not 128 of 4 x 4)."""
 MAX_PIXELS_SCATTERED = 16
 """Up to here the 3x3 product's gradient of the images is a product too, whose taps are added up; then a convolution."""
 
+Order = tuple[int, int, int, int]
+"""The dims of [n, channels, height, width] as they lie in memory."""
+CHANNELS_LAST, PIXELS_FIRST = (0, 2, 3, 1), (2, 3, 0, 1)
 Size = tuple[int, int]
 Taps = list[tuple[int, int]]
 """(row, column) in the kernel."""
@@ -35,7 +40,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, images: Tensor) -> Tensor:
         if not self._is_product(images):
-            return super().forward(images)
+            return super().forward(channels_last(images))
         dtype = images.dtype
         if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
             dtype = torch.get_autocast_dtype("cpu")
@@ -50,49 +55,54 @@ class Conv2d(nn.Conv2d):
 
 
 class _Product(torch.autograd.Function):
-    """images [n, inputs, height, width] and weight [outputs, inputs, k, k] of one dtype -> [n, outputs, ...]."""
+    """images [n, inputs, height, width] and weight [outputs, inputs, k, k] of one dtype -> [n, outputs, ...].
+
+    The result is stored as the images are, pixels first or with channels last.
+    """
 
     @staticmethod
     def forward(ctx, images: Tensor, weight: Tensor, stride: int) -> Tensor:
         taps, size = _useful_taps(images, weight), _result_size(images, stride)
-        rows = _gather(images, taps, weight.shape[2] // 2, stride, size)
+        order = PIXELS_FIRST if is_pixels_first(images) else CHANNELS_LAST
+        rows = _gather(images, order, taps, weight.shape[2] // 2, stride, size)
         ctx.save_for_backward(images, rows, weight)
-        ctx.taps, ctx.stride = taps, stride
-        return _images(rows @ _matrix(weight, taps).t(), len(images), size)
+        ctx.taps, ctx.stride, ctx.order = taps, stride, order
+        return _images(rows @ _matrix(weight, taps).t(), order, len(images), size)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         images, rows, weight = ctx.saved_tensors
         # flattened first: of four dims, torch may make a batch of products
-        outputs = gradient.permute(0, 2, 3, 1).reshape(-1, len(weight))
+        outputs = gradient.permute(ctx.order).reshape(-1, len(weight))
         of_images = of_weight = None
         if ctx.needs_input_grad[0]:
-            of_images = _gradient_of_images(gradient, outputs, images, weight, ctx.taps, ctx.stride)
+            of_images = _gradient_of_images(gradient, outputs, images, weight, ctx.order, ctx.taps, ctx.stride)
         if ctx.needs_input_grad[1]:
             of_weight = _kernel(outputs.t() @ rows, weight, ctx.taps)
         return of_images, of_weight, None
 
 
 def _gradient_of_images(
-    gradient: Tensor, outputs: Tensor, images: Tensor, weight: Tensor, taps: Taps, stride: int
+    gradient: Tensor, outputs: Tensor, images: Tensor, weight: Tensor, order: Order, taps: Taps, stride: int
 ) -> Tensor:
     """`outputs` is `gradient` as a matrix [pixels, outputs]."""
     number, inputs, height, width = images.shape
-    if len(taps) > 1 and height * width > MAX_PIXELS_SCATTERED:
+    if len(taps) > 1 and order is CHANNELS_LAST and height * width > MAX_PIXELS_SCATTERED:
         steps, ones = [stride] * 2, [1, 1]
         rest = (steps, ones, ones, False, [0, 0], 1, [True, False, False])
         return torch.ops.aten.convolution_backward(gradient, images, weight, None, *rest)[0]
     under_taps = outputs @ _matrix(weight, taps)
     size = (gradient.shape[2], gradient.shape[3])
     if len(taps) == 1 and stride == 1:
-        return _images(under_taps, number, size)
+        return _images(under_taps, order, number, size)
     margin = weight.shape[2] // 2
-    padded = under_taps.new_zeros(number, height + 2 * margin, width + 2 * margin, inputs)
-    parts = under_taps.view(number, *size, -1).split(inputs, dim=3)
+    high, wide = height + 2 * margin, width + 2 * margin
+    padded = _images(under_taps.new_zeros(number * high * wide, inputs), order, number, (high, wide))
+    parts = _images(under_taps, order, number, size).split(inputs, dim=1)
     for tap, part in zip(taps, parts, strict=True):
         _under(padded, tap, stride, size).add_(part)
-    return padded[:, margin : margin + height, margin : margin + width].permute(0, 3, 1, 2)
+    return padded[:, :, margin : margin + height, margin : margin + width]
 
 
 def _result_size(images: Tensor, stride: int) -> Size:
@@ -106,18 +116,19 @@ def _useful_taps(images: Tensor, weight: Tensor) -> Taps:
     return list(product(rows, columns))
 
 
-def _under(pixels: Tensor, tap: tuple[int, int], stride: int, size: Size) -> Tensor:
-    """The view of padded pixels [n, height, width, channels] that a tap sees."""
+def _under(images: Tensor, tap: tuple[int, int], stride: int, size: Size) -> Tensor:
+    """The view of padded images that a tap sees."""
     rows, columns = (slice(start, start + (n - 1) * stride + 1, stride) for start, n in zip(tap, size, strict=True))
-    return pixels[:, rows, columns]
+    return images[:, :, rows, columns]
 
 
-def _gather(images: Tensor, taps: Taps, margin: int, stride: int, size: Size) -> Tensor:
-    """[pixels of the result, taps * inputs]; no copy for a 1x1 kernel of stride 1 and channels last."""
-    pixels = images.permute(0, 2, 3, 1)
+def _gather(images: Tensor, order: Order, taps: Taps, margin: int, stride: int, size: Size) -> Tensor:
+    """[pixels of the result, taps * inputs]; no copy for a 1x1 kernel of stride 1."""
     if margin:  # a pad of nothing is a copy
-        pixels = functional.pad(pixels, (0, 0, margin, margin, margin, margin))
-    parts = [_under(pixels, tap, stride, size) for tap in taps]
+        dims = [(margin, margin) if dim > 1 else (0, 0) for dim in reversed(order)]
+        images = functional.pad(images.permute(order), [each for dim in dims for each in dim])
+        images = images.permute([order.index(dim) for dim in range(4)])
+    parts = [_under(images, tap, stride, size).permute(order) for tap in taps]
     gathered = parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
     return gathered.reshape(-1, len(taps) * images.shape[1])
 
@@ -140,6 +151,7 @@ def _kernel(matrix: Tensor, weight: Tensor, taps: Taps) -> Tensor:
     return result
 
 
-def _images(rows: Tensor, number: int, size: Size) -> Tensor:
-    """[number * height * width, channels] -> [number, channels, height, width], channels last."""
-    return rows.view(number, *size, rows.shape[1]).permute(0, 3, 1, 2)
+def _images(rows: Tensor, order: Order, number: int, size: Size) -> Tensor:
+    """[pixels, channels] -> [number, channels, height, width], stored in `order`."""
+    lengths = {0: number, 1: rows.shape[1], 2: size[0], 3: size[1]}
+    return rows.view([lengths[dim] for dim in order]).permute([order.index(dim) for dim in range(4)])

@@ -15,9 +15,18 @@ from torch import Tensor, nn
 
 from train.models.chip_norm import ChipBatchNorm2d, ChipPass, norm_layers
 from train.models.conv import Conv2d
+from train.models.layout import channels_last, is_pixels_first, pixels_first
 from train.sim.workload import BLOCKS
 
 STAGE_WIDTHS = (64, 128, 256, 512)
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """torch's, of images in any layout, which stays."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        pooled = super().forward(channels_last(images))
+        return pixels_first(pooled) if is_pixels_first(images) else pooled
 
 
 class BasicBlock(nn.Module):
@@ -106,11 +115,14 @@ class ResNet(nn.Module):
         small = stem == "small"
         self.conv1 = Conv2d(3, 64, 3) if small else Conv2d(3, 64, 7, 2)
         self.bn1 = ChipBatchNorm2d(64, chip_pass)
-        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
+        self.maxpool = nn.Identity() if small else MaxPool2d(3, 2, 1)
         add_stages(self, block, 64, STAGE_WIDTHS, BLOCKS[depth])
         self.fc = nn.Linear(STAGE_WIDTHS[-1] * block.expansion, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.chip_pass.through(self._layers, images, self.training)
+
+    def _layers(self, images: Tensor) -> Tensor:
         x = self.maxpool(torch.relu(self.bn1(self.conv1(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(x.mean((2, 3)))

@@ -29,6 +29,9 @@ class CifarResNet(nn.Module):
         self.fc = nn.Linear(CIFAR_WIDTHS[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.chip_pass.through(self._layers, images, self.training)
+
+    def _layers(self, images: Tensor) -> Tensor:
         x = torch.relu(self.bn1(self.conv1(images)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(x.mean((2, 3)))
