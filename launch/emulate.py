@@ -9,7 +9,10 @@ import sys
 
 from launch import compose
 from train import emulator, records
+from train.emulator_origins import kind
+from train.mesh.origin import Origin
 from train.records import Record
+from train.sim import straggler
 
 EXPERIMENT = "imagenet_atlas900"
 PARTS = {
@@ -23,6 +26,10 @@ PARTS = {
 }
 
 
+COUNTS = [8, 64, 512, 1024, 4096, 65_536, 1_048_576]
+"""Chips at which explain=true shows the wait for the slowest one."""
+
+
 def emulate(config: dict) -> None:
     """Prices the run on the emulated machine and prints it beside the claim; writes nothing to disk."""
     published = records.load()
@@ -31,20 +38,30 @@ def emulate(config: dict) -> None:
     precision = None if config["precision"] == "auto" else config["precision"]
     made = emulator.build(keep_chip_batch(config) if config["scaling"] == "weak" else config, precision=precision)
     result = {"experiment": config["experiment"], **made.run()}
-    origins = made.origins() if config["explain"] else []
     if config["format"] == "json":
         result["claim"] = claimed(claim)
         result["neighbours"] = [claimed(record) for record in neighbours]
-        if origins:
-            result["origins"] = [origin._asdict() for origin in origins]
+        if config["explain"]:
+            result["origins"] = [{**origin._asdict(), "kind": kind(origin)} for origin in made.origins()]
+            result["expected_max"] = {"chips": COUNTS, **straggler.table(COUNTS)}
         compose.say(json.dumps(result))
         return
     compose.say(table(result, [claim, *neighbours]))
-    if origins:
-        compose.say("\nWhere the numbers come from")
-        for name, value, unit, origin in origins:
-            figure = f"{value:,.6g}" if isinstance(value, (int, float)) else value
-            compose.say(f"  {name:<22} {figure + ' ' + unit:<34} {origin}")
+    if config["explain"]:
+        compose.say("\n" + explained(made.origins()))
+
+
+def explained(origins: list[Origin]) -> str:
+    """Every number that moves the clock with its origin, and how the wait for the slowest chip grows with the chips."""
+    lines, width = ["Where the numbers come from"], max(len(origin.name) for origin in origins)
+    for origin in origins:
+        figure = f"{origin.value:,.6g}" if isinstance(origin.value, (int, float)) else origin.value
+        lines.append(f"  {origin.name:<{width}} {figure + ' ' + origin.unit:<36} {kind(origin):<8} {origin.origin}")
+    lines += ["", "The slowest of n chips, in standard deviations above the mean"]
+    lines.append(f"  {'n':<12}" + "".join(f"{count:>11,}" for count in COUNTS))
+    for name, values in straggler.table(COUNTS).items():
+        lines.append(f"  {name:<12}" + "".join(f"{value:>11.3f}" for value in values))
+    return "\n".join(lines)
 
 
 def keep_chip_batch(config: dict) -> dict:
@@ -79,7 +96,7 @@ def table(result: dict, published: list[Record]) -> str:
     low, high = result["interval_s"]
     lines.append(
         f"{result['mesh'] + ', ' + result['chip']:<58} {result['chips']:>7,} {result['global_batch_size']:>7,} "
-        f"{result['epochs']:>6g} {'':>9} {result['time_to_train_s']:>7.1f} s   {low:.1f} to {high:.1f} s"
+        f"{result['epochs']:>6.4g} {'':>9} {result['time_to_train_s']:>7.1f} s   {low:.1f} to {high:.1f} s"
     )
     how = f"{result['collective']} all-reduce in {result['wire_dtype']}, {result['network']}"
     lines += ["", f"emulated: {result['model']}, {how}"]
@@ -91,9 +108,35 @@ def table(result: dict, published: list[Record]) -> str:
         f"  {'images/s':<30} {result['images_per_s']:>9,.0f}, {result['images_per_s_per_chip']:,.0f} a chip",
         f"  {'efficiency against one host':<30} {100 * result['scaling_efficiency']:>9.1f} %",
         f"  {'chips with work':<30} {result['active_chips']:>9,} of {result['chips']:,}",
+        *details(result),
     ]
     lines += ["", *(f"note: {note}" for note in result["notes"])]
     return "\n".join(lines)
+
+
+def details(result: dict) -> list[str]:
+    """What else shaped the step and the run, where there is any of it."""
+    lines, wait = [], result["straggler"]
+    low, high = result["epochs_interval"]
+    if low < high:
+        lines.append(f"  {'epochs, 5 to 95 %':<30} {low:>9.1f} to {high:.1f}, from {result['epochs_from']}")
+    if wait["jitter"]:
+        of = f"{wait['distribution']} deviations of {100 * wait['jitter']:.2f} % of compute"
+        lines.append(f"  {'the slowest chip':<30} {wait['expected_max']:>9.2f} {of}")
+    if result["bn_span"] > 1:
+        lines.append(
+            f"  {'batch-norm sums':<30} {1e3 * result['bn_sync_s']:>9.3f} ms a step, {result['bn_span']} chips"
+        )
+    if result["update_s"]:
+        lines.append(f"  {'update beyond the chip rate':<30} {1e3 * result['update_s']:>9.3f} ms a step")
+    if result["host_images_per_s"]:
+        lines.append(f"  {'input of a host':<30} {result['host_images_per_s']:>9,.0f} images/s at most")
+    if result["software"]:
+        lines.append(f"  {'software':<30} {result['software']}")
+    if result["calibration"]:
+        constants = ", ".join(f"{name} {value}" for name, value in result["calibration"].items())
+        lines.append(f"  {'calibration':<30} {constants}")
+    return lines
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 LEFT_OUT: pytest.StashKey[Counter] = pytest.StashKey()
-MARKS = ("slow", "gpu", "slurm", "sample")
+MARKS = ("slow", "gpu", "slurm", "sample", "simgrid")
 
 
 def pytest_configure(config: pytest.Config) -> None:

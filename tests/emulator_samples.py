@@ -1,12 +1,20 @@
 """Machines and configurations that the emulator's tests share."""
 
+from copy import deepcopy
+from functools import cache
+
 from launch.compose import compose
 from train.mesh.mesh import Mesh
 from train.mesh.topology import Atlas900, LinkClass
 
 
 def record_config(*overrides: str) -> dict:
-    """The record's experiment, composed."""
+    """The record's experiment, composed; composed once, the caller's own to change."""
+    return deepcopy(_composed(overrides))
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> dict:
     return compose(["experiment=imagenet_atlas900", *overrides])
 
 

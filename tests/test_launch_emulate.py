@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from launch import compose
-from launch.emulate import EXPERIMENT, emulate
+from launch.emulate import COUNTS, EXPERIMENT, emulate
+from train.report import markdown_table
+from train.sim import straggler
+from train.sim.convergence import POINTS
 
 ROOT = Path(__file__).parents[1]
 FIELDS = """
@@ -52,17 +55,35 @@ def test_the_table_keeps_claimed_and_emulated_apart(capsys):
 
 def test_explain_prints_every_origin(capsys):
     assert price("explain=true", "format=json") == 0
-    origins = json.loads(capsys.readouterr().out)["origins"]
+    result = json.loads(capsys.readouterr().out)
+    origins = result["origins"]
+    assert all(origin["kind"] in ("cited", "derived", "fitted", "assumed", "given") for origin in origins)
+    assert result["expected_max"]["normal"][result["expected_max"]["chips"].index(1024)] == pytest.approx(
+        3.248, abs=1e-3
+    )
     names = {origin["name"] for origin in origins}
     assert {"chip.anchor[32]", "link.roce", "chip.jitter", "network.model_error"} <= names
     assert price("explain=true") == 0
-    assert "MindSpore 0.2.0-alpha" in capsys.readouterr().out.split("Where the numbers come from")[1]
+    explained = capsys.readouterr().out.split("Where the numbers come from")[1]
+    assert "MindSpore 0.2.0-alpha" in explained
+    assert explained.split("The slowest of n chips")[1].split()[-8:-6] == ["gumbel", "1.621"]
 
 
-@pytest.mark.parametrize("mesh", compose.groups()["mesh"])
-def test_every_mesh_answers(mesh, capsys):
-    assert price("format=json", f"mesh={mesh}") == 0
-    assert json.loads(capsys.readouterr().out)["time_to_train_s"] > 0
+def test_the_table_shows_what_shapes_a_step(capsys):
+    assert price("epochs=auto", "bn_span=8", "mesh.host_images_per_s=20000") == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "epochs, 5 to 95 %                   55.3 to 56.7, from reference points",
+        "the slowest chip                    3.25 normal deviations of 3.13 % of compute",
+        "ms a step, 8 chips",
+        "input of a host                   20,000 images/s at most",
+    ):
+        assert words in shown
+
+
+def test_a_batch_beyond_the_convergence_table_is_said(capsys):
+    assert price("epochs=auto", "global_batch_size=131072") == 0
+    assert "131,072 is beyond the convergence table (1,632 to 67,840)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("collective", compose.groups()["collective"])
@@ -97,9 +118,27 @@ def test_a_sweep_prints_one_object_a_job(capsys):
         (["precision=fp32"], "no published rate in fp32"),
         (["claim.record=nobody"], "claim.record=nobody"),
         (["chip.jitter=-1"], "jitter=-1"),
+        (["mesh.host_images_per_s=0"], "host_images_per_s=0"),
+        (["epochs=never"], "epochs: 'never' is not"),
+        (["epochs=auto", "model=resnet18"], "reference points are of ResNet-50"),
+        (["bn_span=12"], "bn_span=12"),
+        (["chip.software=latest"], "framework and a year"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(overrides, named, capsys):
     assert price(*overrides) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and named in printed.err and len(printed.err.splitlines()) == 1
+
+
+def test_the_document_s_tables_are_the_model_s():
+    text = (ROOT / "docs" / "step_model.md").read_text(encoding="utf-8")
+    named = dict(zip(("normal", "exponential", "gumbel"), straggler.table(COUNTS).values(), strict=True))
+    rows = [["distribution", *(f"{count:,}" for count in COUNTS)]]
+    rows += [[name, *(f"{value:.3f}" for value in values)] for name, values in named.items()]
+    assert markdown_table(rows) == text.split("<!-- straggler -->")[1].split("<!-- /straggler -->")[0].strip()
+    rows = [["global batch", *(f"{point.batch:,}" for point in POINTS)]]
+    rows.append(["epochs, mean", *(f"{point.mean:.1f}" for point in POINTS)])
+    rows.append(["deviation", *(f"{point.stdev:.1f}" for point in POINTS)])
+    rows.append(["runs", *(str(point.runs) for point in POINTS)])
+    assert markdown_table(rows) == text.split("<!-- convergence -->")[1].split("<!-- /convergence -->")[0].strip()

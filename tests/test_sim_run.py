@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from train.sim.convergence import Epochs
 from train.sim.run import num_evaluations, run_time
 from train.sim.step import StepTime
 
@@ -38,6 +39,19 @@ def test_log_normal_interval_is_exact():
 def test_uniform_epochs_give_the_quantiles_of_a_line():
     run = run_time(STEP, 0.0, 0.0, 1000, [10, 20], 5)
     assert run.interval_s == pytest.approx((10_500, 19_500), rel=1e-3)
+
+
+def test_reference_epochs_give_normal_quantiles():
+    run = run_time(STEP, 0.0, 0.0, 10_000, Epochs(32_768, 56.0, 0.447), 4)
+    assert run.epochs == 56.0 and run.steps == 560_000
+    z = 1.6448536 * 0.447
+    assert run.epochs_interval == pytest.approx((56 - z, 56 + z), abs=0.01)
+    assert run.interval_s == pytest.approx(((56 - z) * 1e4, (56 + z) * 1e4), rel=3e-4)
+
+
+def test_epochs_without_a_spread_are_one_number():
+    given, known = (run_time(STEP, 2.0, 5.0, 10, epochs, 2, model_error=0.1) for epochs in (6, Epochs(1, 6.0, 0.0)))
+    assert given == known and given.epochs_interval == (6.0, 6.0)
 
 
 def test_both_spreads_widen_the_interval():

@@ -83,7 +83,7 @@ class Config:
 
     chip_batch_size: int | None = key("images per chip and step; null: from global_batch_size")
     global_batch_size: int | None = key("images per step of all chips together; null: from chip_batch_size")
-    epochs: float | list[float] = key("length of the run; [low, high]: a uniform guess for the emulator")
+    epochs: float | list[float] | Literal["auto"] = key("length of the run; [low, high] or auto: for the emulator")
     target_top1: float = key("the run is won at this top-1 accuracy, a fraction")
     eval_every: float = key("epochs between evaluations")
     eval_offset: float = key("epochs before the first evaluation")
@@ -133,7 +133,7 @@ class Config:
         _demand(self, "target_top1", lambda value: 0 < value <= 1, "must be above 0 and at most 1" + percent)
 
         low_high = self.epochs if isinstance(self.epochs, list) else [self.epochs, self.epochs]
-        if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
+        if self.epochs != "auto" and (len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]):
             raise ConfigError("epochs", f"{self.epochs} must be one number above 0, or [low, high] with low <= high")
 
         chip, total = self.chip_batch_size, self.global_batch_size

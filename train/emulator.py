@@ -6,14 +6,20 @@ from typing import Any
 
 import numpy as np
 
+from train import emulator_origins, emulator_recipe
+from train.comm.algorithms import halving_doubling
 from train.comm.plan import Plan
 from train.mesh.chip import Chip
 from train.mesh.mesh import Mesh
 from train.mesh.origin import Origin
+from train.sim import convergence
 from train.sim import workload as workloads
+from train.sim.calibration import Calibration
+from train.sim.convergence import Epochs
 from train.sim.network import AlphaBeta
 from train.sim.run import INTERVAL, RunTime, quantile, run_time
-from train.sim.step import WIRE_BYTES, StepTime, step_time
+from train.sim.step import WIRE_BYTES, StepTime, norm_messages, step_time, update_bytes
+from train.sim.straggler import expected_max
 from train.sim.workload import Workload
 
 # Images for training and evaluation, and classes, of data sets that need not be opened to be priced.
@@ -22,7 +28,7 @@ DATA_SETS = {
     "cifar10": (50_000, 10_000, 10),  # Krizhevsky 2009
     "digits": (1_437, 360, 10),  # train/data/digits: 1,797 scans, 36 of each class held out
 }
-LARGEST_REFERENCE_BATCH = 67_840  # MLPerf's reference convergence points for ResNet-50 end here
+STATISTIC_BYTES = 4  # batch-norm statistics are summed in fp32 whatever the gradients' dtype
 
 
 class Emulator:
@@ -39,13 +45,15 @@ class Emulator:
         global_batch_size: int,
         wire_dtype: str,
         precision: str,
-        epochs: float | list[float],
+        epochs: float | list[float] | Epochs,
         eval_every: float,
         eval_offset: float,
         num_train: int,
         num_eval: int,
         data_origin: str,
         notes: list[str],
+        optimizer: str = "sgd",
+        bn_span: int = 1,
     ):
         if wire_dtype not in WIRE_BYTES:
             raise ValueError(f"wire_dtype={wire_dtype}: use one of {', '.join(WIRE_BYTES)}")
@@ -56,7 +64,10 @@ class Emulator:
         self.global_batch_size = global_batch_size
         self.wire_dtype = wire_dtype
         self.precision = precision
-        self.epochs = epochs
+        self.calibration: Calibration = getattr(network, "calibration", None) or Calibration()
+        self.optimizer = optimizer
+        self.bn_span = bn_span
+        self.epochs = epochs.widened(self.calibration.epochs_error) if isinstance(epochs, Epochs) else epochs
         self.eval_every = eval_every
         self.eval_offset = eval_offset
         self.num_train = num_train
@@ -64,13 +75,27 @@ class Emulator:
         self.data_origin = data_origin
         self._collective = collective
         self._plans: dict[int, Plan] = {}
-        reference = workloads.resnet()
-        self._work = workload.training_flops / reference.training_flops
-        self.sustained_flops = chip.sustained_flops(reference.training_flops, precision)
-        self.startup_s = chip.startup_s
+        self._reduce_s: dict[tuple[int, float], float] = {}
+        self._reference = workloads.resnet()
+        self.work = workload.training_flops / self._reference.training_flops
+        self.sustained_flops = chip.sustained_flops(
+            self._reference.training_flops, precision, self.calibration.half_batch
+        )
         self.active_chips = min(mesh.num_chips, global_batch_size)
         self.plan = self._plan(self.active_chips)
-        self.notes = notes + self._own_notes()
+        self.jitter = self.calibration.jitter if chip.jitter is None else chip.jitter
+        self.startup_s = chip.startup_s
+        if self.startup_s is None:
+            self.startup_s = self.calibration.startup_s + self.calibration.first_epoch_s / self.plan.mesh.num_hosts
+        measured_in = chip.measured_in(precision)
+        self.software_factor = self.calibration.software_factor(chip.software, measured_in)
+        self.software = chip.software or measured_in
+        self.model_error = self.calibration.model_error
+        if self.model_error is None:
+            self.model_error = network.model_error
+        self.update_s = self._update_s()
+        self.norm_s = self._norm_s()
+        self.notes = notes + emulator_origins.notes(self)
 
     def _plan(self, active_chips: int) -> Plan:
         """The collective on the hosts that have work."""
@@ -78,6 +103,46 @@ class Emulator:
         if hosts not in self._plans:
             self._plans[hosts] = self._collective(self.mesh.first_hosts(hosts))
         return self._plans[hosts]
+
+    def _all_reduce_s(self, active_chips: int, nbytes: float) -> float:
+        plan = self._plan(active_chips)
+        key = plan.mesh.num_chips, nbytes
+        if key not in self._reduce_s:
+            self._reduce_s[key] = self.network.seconds(plan, nbytes)
+        return self._reduce_s[key]
+
+    def _norm_s(self) -> float:
+        """What a step's sums of batch-norm statistics take over the chips of one span; nothing without a span."""
+        span = min(self.bn_span, self.active_chips)
+        if span == 1:
+            return 0.0
+        host = self.mesh.chips_per_host
+        if span > host and span % host:
+            raise ValueError(
+                f"bn_span={self.bn_span}: {span} chips are no whole hosts of {host} on mesh {self.mesh.name}; use a "
+                f"multiple of {host}, or at most {host}"
+            )
+        plan = halving_doubling(self.mesh.first_chips(span))
+        messages = norm_messages(self.workload)
+        price = {size: self.network.seconds(plan, size * STATISTIC_BYTES) for size in set(messages)}
+        return sum(price[size] for size in messages)
+
+    def _update_s(self) -> float:
+        """What the optimizer's update takes beyond the one inside the chip's published rates, at the memory's rate."""
+        inside = self.chip.anchors_of(self.precision)[0].get("optimizer", self.optimizer)
+        needed = update_bytes(self.optimizer, self.workload.parameters)
+        extra = max(0, needed - update_bytes(inside, self._reference.parameters))
+        return extra / self.chip.hbm_bytes_per_s if self.chip.hbm_bytes_per_s else 0.0
+
+    def compute_s(self, images_per_chip: float) -> float:
+        """One chip's training step in the software of the run, without the wait that the published rate holds."""
+        published = self.chip.seconds(images_per_chip, self.work, self.precision, self.calibration.half_batch)
+        wait = self.jitter * self.expected_max(self.chip.measured_on(self.precision))
+        return published * self.software_factor / (1 + wait)
+
+    def expected_max(self, chips: int) -> float:
+        """Of the chips' step times, in standard deviations above their mean."""
+        return expected_max(self.calibration.straggler, chips)
 
     def step(self, global_batch_size: int) -> StepTime:
         """One step; the fullest chip sets the pace, chips without an image stand idle."""
@@ -87,26 +152,35 @@ class Emulator:
         return self._step(math.ceil(global_batch_size / self.mesh.num_chips), active)
 
     def _step(self, images_per_chip: int, active_chips: int) -> StepTime:
-        plan = self._plan(active_chips)
+        compute_s, host_rate = self.compute_s(images_per_chip), self.mesh.host_images_per_s
+        host_images = images_per_chip * min(self.mesh.chips_per_host, active_chips)
+        inside = min(self.chip.measured_on(self.precision), active_chips)
+        if self.chip.measured_hosts(self.precision) == 1:
+            inside = min(inside, self.mesh.chips_per_host)
         return step_time(
-            compute_s=self.chip.seconds(images_per_chip, self._work, self.precision),
+            compute_s=compute_s,
             workload=self.workload,
             bucket_ends=self.chip.bucket_ends,
             wire_bytes=WIRE_BYTES[self.wire_dtype],
-            all_reduce_s=lambda nbytes: self.network.seconds(plan, nbytes),
-            jitter=self.chip.jitter,
+            all_reduce_s=lambda nbytes: self._all_reduce_s(active_chips, nbytes),
             num_chips=active_chips,
+            inside_s=(lambda nbytes: self._all_reduce_s(inside, nbytes)) if inside > 1 else None,
+            straggler_s=self.jitter * compute_s * self.expected_max(active_chips),
+            overlap=self.calibration.overlap,
+            floor_s=self.calibration.launch_floor_s * self.software_factor,
+            norm_s=self.norm_s,
+            update_s=self.update_s,
+            input_s=host_images / host_rate if host_rate else 0.0,
         )
 
     def eval_s(self, num_images: int) -> float:
-        """Forward passes at the training batch, spread over the chips, and one sum of the counts."""
+        """Forward passes at the training batch, spread over the chips, one sum of the counts, and a fixed cost."""
         share = self.workload.forward_flops / self.workload.training_flops
         each = math.ceil(num_images / self.active_chips)
         batch = math.ceil(self.global_batch_size / self.mesh.num_chips)
         full, rest = divmod(each, batch)
-        passes = [batch] * full + [rest] * (rest > 0)
-        forward = share * sum(self.chip.seconds(images, self._work, self.precision) for images in passes)
-        return forward + self.network.seconds(self.plan, 8)
+        forward = share * (full * self.compute_s(batch) + (self.compute_s(rest) if rest else 0.0))
+        return forward + self._all_reduce_s(self.active_chips, 8) + self.calibration.eval_s
 
     @property
     def steps_per_epoch(self) -> int:
@@ -122,12 +196,12 @@ class Emulator:
             self.epochs,
             self.eval_every,
             self.eval_offset,
-            self.network.model_error,
+            self.model_error,
         )
 
     def interval_s(self, seconds: float) -> tuple[float, float]:
         """[5 %, 95 %] around an emulated time whose steps and evaluations are known: the model's error alone."""
-        low, high = (quantile(np.array([seconds]), self.network.model_error, q) for q in INTERVAL)
+        low, high = (quantile(np.array([seconds]), self.model_error, q) for q in INTERVAL)
         return low, high
 
     def run(self) -> dict:
@@ -145,6 +219,8 @@ class Emulator:
             "steps_per_epoch": self.steps_per_epoch,
             "steps": run.steps,
             "epochs": run.epochs,
+            "epochs_interval": list(run.epochs_interval),
+            "epochs_from": "reference points" if isinstance(self.epochs, Epochs) else "the recipe",
             "evaluations": run.evaluations,
             "compute_s": run.compute_s,
             "exposed_comm_s": run.exposed_comm_s,
@@ -165,59 +241,28 @@ class Emulator:
             "model": self.workload.name,
             "wire_dtype": self.wire_dtype,
             "precision": self.precision,
+            "software": self.software,
             "collective": self.plan.name,
             "network": self.network.name,
+            "straggler": {
+                "distribution": self.calibration.straggler,
+                "jitter": self.jitter,
+                "expected_max": self.expected_max(self.active_chips),
+            },
+            "bn_span": self.bn_span,
+            "bn_sync_s": self.norm_s,
+            "update_s": self.update_s,
+            "host_images_per_s": self.mesh.host_images_per_s,
+            "calibration": {
+                name: value for name, value in self.calibration.in_use().items() if emulator_origins.moves(self, name)
+            },
+            "model_error": self.model_error,
             "notes": self.notes,
         }
 
     def origins(self) -> list[Origin]:
         """Every number that moves the clock."""
-        links = [origin for link in self.mesh.topology.link_classes for origin in link.origins()]
-        table = "derived: layer table, 2 x multiply-adds of convolutions and classifier"
-        return self.chip.origins(self.precision) + [
-            Origin("chip.sustained", self.sustained_flops / 1e12, "TFLOP/s", "derived: FLOPs / chip.per_image"),
-            *links,
-            Origin("model.training_flops", self.workload.training_flops / 1e9, "GFLOP an image", table),
-            Origin("model.parameters", self.workload.parameters, "gradients", "derived: layer table"),
-            Origin("network.model_error", self.network.model_error, "sigma of ln(time)", self.network.source),
-            Origin("data.num_train", self.num_train, "images", self.data_origin),
-            Origin("data.num_eval", self.num_eval, "images", self.data_origin),
-            Origin("global_batch_size", self.global_batch_size, "images", "the recipe"),
-            Origin("epochs", str(self.epochs), "epochs", "the recipe"),
-            Origin("wire_dtype", self.wire_dtype, "", "the recipe"),
-            Origin("input", 0.0, "s", "assumed: the hosts' input keeps up"),
-            Origin("other", 0.0, "s", "assumed: the optimizer is inside the chip's published rate"),
-        ]
-
-    def _own_notes(self) -> list[str]:
-        notes, idle = [], self.mesh.num_chips - self.active_chips
-        if abs(self._work - 1) > 0.01:  # a few classes more or less are no other network
-            notes.append(
-                f"extrapolated: {self.workload.name} is priced from the rates of ResNet-50 at 224 px by its FLOPs "
-                f"({self._work:.3g} of them an image), with the same fixed time a step"
-            )
-        if idle:
-            notes.append(
-                f"{idle:,} of {self.mesh.num_chips:,} chips get no image at a global batch of "
-                f"{self.global_batch_size:,} and stand idle"
-            )
-        elif self.global_batch_size % self.mesh.num_chips:
-            notes.append(
-                f"a global batch of {self.global_batch_size:,} does not divide by {self.mesh.num_chips:,} chips: "
-                "the fullest chip sets the pace"
-            )
-        if self.global_batch_size > LARGEST_REFERENCE_BATCH:
-            notes.append(
-                f"a global batch of {self.global_batch_size:,} is beyond the convergence table "
-                f"(up to {LARGEST_REFERENCE_BATCH:,}): the epochs are no longer backed by it"
-            )
-        sources = dict.fromkeys(a.get("source", "") for a in self.chip.anchors if a["precision"] == self.precision)
-        if len(sources) > 1:
-            notes.append(f"rates of {self.chip.name} come from different software: " + "; ".join(sources))
-        for origin in self.origins():
-            if origin.origin.startswith("assumed"):
-                notes.append(f"{origin.name} = {origin.value:g} {origin.unit}, {origin.origin}".replace(" ,", ","))
-        return notes
+        return emulator_origins.origins(self)
 
 
 def build(
@@ -250,27 +295,39 @@ def build(
         )
     ]
     workload = workloads.of_model(model, data["image_size"], model.get("num_classes") or sizes[2])
+    batch = emulator_recipe.global_batch_size(config, mesh.num_chips, notes)
     return Emulator(
         mesh,
         chip,
         workload,
         collective,
         network,
-        global_batch_size=_global_batch_size(config, mesh.num_chips, notes),
+        global_batch_size=batch,
         wire_dtype=config["wire_dtype"],
         precision=precision or chip.precision,
-        epochs=config["epochs"],
+        epochs=emulator_recipe.reference_epochs(config, workload, batch, notes)
+        if config["epochs"] == "auto"
+        else config["epochs"],
         eval_every=config["eval_every"],
         eval_offset=config["eval_offset"],
         num_train=sizes[0],
         num_eval=sizes[1],
         data_origin="the opened data set" if opened else "the data set as published; not opened",
         notes=notes,
+        optimizer=emulator_recipe.optimizer(config),
+        bn_span=config["bn_span"],
     )
 
 
 def check_training(config: dict) -> None:
-    """ValueError for keys that training can't have together, though a run of them can be priced."""
+    """ValueError for keys that training can't have (together), though a run of them can be priced."""
+    if config["epochs"] == "auto":
+        batch = config["global_batch_size"] or config["chip_batch_size"] * math.prod(config["mesh"]["axes"].values())
+        mean = convergence.epochs_at(batch).mean
+        raise ValueError(
+            f"epochs=auto only prices a run; to train, give a number (ResNet-50 on ImageNet needs about {mean:.1f} at "
+            f"a global batch of {batch:,}: epochs={math.ceil(mean)})"
+        )
     if config["gradient_sum"] != "plan":
         return
     if config["numerics"] == "exact":
@@ -300,28 +357,3 @@ def make(node: dict, *args: Any, **kwargs: Any) -> Any:
         while cause is not None and not isinstance(cause, ValueError):
             cause = cause.__cause__
         raise cause or error from None
-
-
-def _global_batch_size(config: dict, num_chips: int, notes: list[str]) -> int:
-    chip, total = config.get("chip_batch_size"), config.get("global_batch_size")
-    for key, value in {"chip_batch_size": chip, "global_batch_size": total}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{key}={value} must be at least 1")
-    if config.get("scaling") == "weak":
-        if chip is None:
-            raise ValueError("scaling=weak keeps the chip batch: give chip_batch_size")
-        notes.append(f"scaling=weak: {chip} images a chip, whatever the convergence table says of the global batch")
-        return chip * num_chips
-    if chip is None and total is None:
-        raise ValueError("chip_batch_size and global_batch_size are both null: give one of the two")
-    if chip is not None and total is not None and chip * num_chips != total:
-        raise ValueError(
-            f"global_batch_size={total} is not chip_batch_size={chip} x {num_chips} chips: set one to null"
-        )
-    if total is None and chip * num_chips > LARGEST_REFERENCE_BATCH:
-        notes.append(
-            f"global batch kept at {LARGEST_REFERENCE_BATCH:,}, the largest reference point of convergence "
-            f"({chip} images on each of {num_chips:,} chips would be {chip * num_chips:,}); scaling=weak lifts this"
-        )
-        return LARGEST_REFERENCE_BATCH
-    return total or chip * num_chips

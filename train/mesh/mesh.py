@@ -1,11 +1,13 @@
 """The mesh: emulated chips with named axes, the links between them, and the map from hosts to real workers."""
 
+import copy
 import math
 from functools import cached_property
 from itertools import accumulate, pairwise
 
 import numpy as np
 
+from train.mesh.origin import check_positive
 from train.mesh.topology import Topology
 
 
@@ -13,9 +15,17 @@ class Mesh:
     """Chips numbered row by row over `axes` (the last axis runs fastest), e.g. {host: 128, chip: 8}.
 
     chips: the number they should multiply to, where the file wants that checked.
+    host_images_per_s: images that one host can decode and feed; null: as many as its chips take.
     """
 
-    def __init__(self, name: str, axes: dict[str, int], topology: Topology, chips: int | None = None):
+    def __init__(
+        self,
+        name: str,
+        axes: dict[str, int],
+        topology: Topology,
+        chips: int | None = None,
+        host_images_per_s: float | None = None,
+    ):
         if not axes:
             raise ValueError(f"mesh {name} has no axes; give at least one, e.g. axes: {{host: 8, chip: 8}}")
         for axis, size in axes.items():
@@ -28,6 +38,14 @@ class Mesh:
         product = " x ".join(f"{axis} {size}" for axis, size in axes.items())
         if chips is not None and chips != self.num_chips:
             raise ValueError(f"mesh {name}: axes {product} = {self.num_chips}, not chips={chips}; change one of them")
+        if topology.num_chips not in (None, self.num_chips):
+            raise ValueError(
+                f"mesh {name}: axes {product} = {self.num_chips}, but its {type(topology).__name__} is made of "
+                f"{topology.num_chips} chips; change mesh.axes or the sizes of mesh.topology"
+            )
+        if host_images_per_s is not None:
+            check_positive(f"mesh {name}", host_images_per_s=host_images_per_s)
+        self.host_images_per_s = host_images_per_s
         self.chips_per_host = min(topology.chips_per_host, self.num_chips)
         if self.num_chips % self.chips_per_host:
             raise ValueError(
@@ -78,6 +96,8 @@ class Mesh:
     def rings(self, axes: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """Rings (orders of positions) along `axes` that can run at once: the host's own inside it."""
         size, host = self.size(axes), self.chips_per_host
+        if axes == tuple(self.axes) and size == self.topology.num_chips:
+            return self.topology.rings(size)
         if axes != tuple(self.axes)[-len(axes) :] or size % host:
             return (tuple(range(size)),)
         inside = self.topology.rings(host)
@@ -86,10 +106,30 @@ class Mesh:
         return (tuple(first + position for first in range(0, size, host) for position in inside[0]),)
 
     def first_hosts(self, num_hosts: int) -> "Mesh":
-        """The mesh of the first `num_hosts` hosts."""
+        """The mesh of the first `num_hosts` hosts: fewer along its first axis, or else the axes host and chip."""
         if num_hosts == self.num_hosts:
             return self
-        return Mesh(f"{self.name}, {num_hosts} hosts", {"host": num_hosts, "chip": self.chips_per_host}, self.topology)
+        part = copy.copy(self)
+        vars(part).pop("inside_axes", None)  # the cached one is that of the whole
+        part.name, part.num_hosts = f"{self.name}, {num_hosts} hosts", num_hosts
+        part.num_chips = num_hosts * self.chips_per_host
+        first, *others = self.axes
+        slab = self.size(tuple(others))
+        whole = {first: part.num_chips // slab, **{axis: self.axes[axis] for axis in others}}
+        part.axes = {"host": num_hosts, "chip": self.chips_per_host} if part.num_chips % slab else whole
+        return part
+
+    def first_chips(self, num_chips: int) -> "Mesh":
+        """The mesh of the first `num_chips` chips: some of the first host, or whole hosts (ValueError otherwise)."""
+        if num_chips % self.chips_per_host == 0:
+            return self.first_hosts(num_chips // self.chips_per_host)
+        if num_chips > self.chips_per_host:
+            raise ValueError(f"{num_chips} chips are no whole hosts of {self.chips_per_host} on mesh {self.name}")
+        part = copy.copy(self.first_hosts(1))
+        vars(part).pop("inside_axes", None)
+        part.name, part.axes = f"{self.name}, {num_chips} chips", {"chip": num_chips}
+        part.num_chips = part.chips_per_host = num_chips
+        return part
 
     def shares(self, workers: int, sizes: list[int] | None = None, hosts_per_block: int = 1) -> list[range]:
         """Contiguous blocks for each worker: `sizes` of them, or else sizes that differ by at most one, larger first.

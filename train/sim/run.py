@@ -2,13 +2,18 @@
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
+from train.sim.convergence import Epochs
 from train.sim.step import StepTime
 
 INTERVAL = (0.05, 0.95)
 """The quantiles between which an emulated time is said to lie."""
+
+GRID_POINTS = 400
+"""Of the distribution of epochs: the midpoint rule's error in a quantile is below a hundredth of its spread."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class RunTime:
     eval_s: float
     startup_s: float
     interval_s: tuple[float, float]
+    epochs_interval: tuple[float, float]
 
     @property
     def time_to_train_s(self) -> float:
@@ -39,23 +45,39 @@ def num_evaluations(epochs: float, every: float, offset: float = 0.0) -> int:
     return max(0, math.ceil((epochs - first) / every - 1e-9)) + 1
 
 
+def epoch_grid(epochs: float | list[float] | Epochs) -> tuple[float, np.ndarray]:
+    """Median, and equally likely values: of a number, [low, high] of a uniform or the normal of the reference points.
+
+    ValueError where a number is not above 0 or the range is none. A run has at least a hundredth of an epoch.
+    """
+    shares = (np.arange(GRID_POINTS) + 0.5) / GRID_POINTS
+    if isinstance(epochs, Epochs):
+        if not epochs.stdev:
+            return epochs.mean, np.array([epochs.mean])
+        normal = NormalDist(epochs.mean, epochs.stdev)
+        return epochs.mean, np.maximum([normal.inv_cdf(share) for share in shares], 0.01)
+    low, high = epochs if isinstance(epochs, (list, tuple)) else (epochs, epochs)
+    if not 0 < low <= high:
+        raise ValueError(f"epochs={epochs} must be one number above 0, or [low, high] with low <= high")
+    return (low + high) / 2, low + (high - low) * shares if high > low else np.array([float(low)])
+
+
 def run_time(
     step: StepTime,
     eval_s: float,
     startup_s: float,
     steps_per_epoch: int,
-    epochs: float | list[float],
+    epochs: float | list[float] | Epochs,
     eval_every: float,
     eval_offset: float = 0.0,
     model_error: float = 0.0,
 ) -> RunTime:
-    """epochs: a number, or [low, high] of a uniform distribution. model_error: sigma of a log-normal factor, median 1.
+    """epochs: a number, [low, high] of a uniform distribution, or the reference points' normal one. eval_s: of one
+    evaluation. model_error: sigma of a log-normal factor of the time, median 1.
 
     Quantiles are of the product of the two, by the midpoint rule over the epochs; nothing is sampled.
     """
-    low, high = epochs if isinstance(epochs, (list, tuple)) else (epochs, epochs)
-    if not 0 < low <= high:
-        raise ValueError(f"epochs={epochs} must be one number above 0, or [low, high] with low <= high")
+    median, grid = epoch_grid(epochs)
     if eval_every <= 0:
         raise ValueError(f"eval_every={eval_every} must be above 0")
 
@@ -63,9 +85,7 @@ def run_time(
         steps, evals = math.ceil(at * steps_per_epoch - 1e-9), num_evaluations(at, eval_every, eval_offset)
         return steps, evals, startup_s + steps * step.step_s + evals * eval_s
 
-    median = (low + high) / 2
     steps, evals, _ = parts(median)
-    grid = [low + (high - low) * (i + 0.5) / 400 for i in range(400)] if high > low else [median]
     times = np.array([parts(at)[2] for at in grid])
     return RunTime(
         epochs=median,
@@ -79,6 +99,7 @@ def run_time(
         eval_s=evals * eval_s,
         startup_s=startup_s,
         interval_s=tuple(quantile(times, model_error, q) for q in INTERVAL),
+        epochs_interval=tuple(float(np.quantile(grid, q, method="hazen")) for q in INTERVAL),
     )
 
 

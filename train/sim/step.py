@@ -9,11 +9,8 @@ exposed.
                                                 |<---->| exposed
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from train.sim.workload import Workload
 
@@ -67,13 +64,19 @@ def exposed_s(ready: Sequence[float], durations: Sequence[float], compute_s: flo
     return max(0.0, end - compute_s)
 
 
-def expected_max_normal(count: int) -> float:
-    """Mean of the largest of `count` independent standard normal numbers: 9 - integral of its distribution up to 9."""
-    if count <= 1:
-        return 0.0
-    grid = np.linspace(-9.0, 9.0, 3601)
-    upper = np.minimum([0.5 * math.erfc(x / math.sqrt(2)) for x in grid], 1 - 1e-16)
-    return float(9.0 - np.trapezoid(np.exp(count * np.log1p(-upper)), grid))
+def norm_messages(workload: Workload) -> list[int]:
+    """Numbers that a step sums over chips that share batch-norm statistics: two a channel, forward and backward."""
+    return 2 * [layer.parameters for layer in workload.layers if layer.kind == "batch_norm"]
+
+
+def update_bytes(optimizer: str, parameters: int) -> int:
+    """Bytes of memory that an update in fp32 moves.
+
+    SGD with momentum reads weight, gradient and momentum and writes the first and the last; LARS reads weight and
+    gradient once more for their norms.
+    """
+    numbers = {"none": 0, "sgd": 5, "lars": 7}
+    return 4 * numbers[optimizer] * parameters
 
 
 def step_time(
@@ -82,15 +85,37 @@ def step_time(
     bucket_ends: Sequence[int],
     wire_bytes: int,
     all_reduce_s: Callable[[float], float],
-    jitter: float,
     num_chips: int,
+    *,
+    inside_s: Callable[[float], float] | None = None,
+    straggler_s: float = 0.0,
+    overlap: float = 1.0,
+    floor_s: float = 0.0,
+    norm_s: float = 0.0,
+    update_s: float = 0.0,
+    input_s: float = 0.0,
 ) -> StepTime:
-    """jitter: a chip's step-time deviation as a fraction of compute; the step waits for the slowest of `num_chips`.
+    """Compute time is spread over the layers by their FLOPs.
 
-    Compute time is spread over the layers by their FLOPs. Host input is taken to keep up, and the optimizer to be
-    inside the chip's published rate.
+    inside_s: the all-reduce of the run that gave the chip's rate, whose exposed part is in compute_s already.
+    straggler_s: the wait for the slowest chip. overlap: share of the backward pass behind which
+    communication can hide (0: it all waits for the last gradient). floor_s: what launching the step's kernels
+    takes at least. norm_s: sums of batch-norm statistics, which nothing hides. update_s: of the optimizer, as far as it
+    is not in compute_s. input_s: what a host needs to feed its chips; it works ahead, so only what is longer than the
+    rest of the step counts.
     """
+    lane = max(compute_s, floor_s)
     cut = buckets(workload, bucket_ends)
-    durations = [all_reduce_s(bucket.parameters * wire_bytes) if num_chips > 1 else 0.0 for bucket in cut]
-    exposed = exposed_s([bucket.ready * compute_s for bucket in cut], durations, compute_s)
-    return StepTime(compute_s, exposed, jitter * compute_s * expected_max_normal(num_chips), 0.0, 0.0)
+
+    ready = [lane - overlap * (lane - bucket.ready * lane) for bucket in cut]
+
+    def exposed_by(reduce_s: Callable[[float], float]) -> float:
+        return exposed_s(ready, [reduce_s(bucket.parameters * wire_bytes) for bucket in cut], lane)
+
+    exposed = exposed_by(all_reduce_s) if num_chips > 1 else 0.0
+    if inside_s and exposed:
+        exposed = max(0.0, exposed - exposed_by(inside_s))
+    exposed += norm_s
+    other = lane - compute_s + update_s
+    busy = compute_s + exposed + straggler_s + other
+    return StepTime(compute_s, exposed, straggler_s, max(0.0, input_s - busy), other)

@@ -1,0 +1,57 @@
+"""Configuration -> what the emulator reads of a recipe: global batch, optimizer, epochs of the reference points."""
+
+from train.sim import convergence
+from train.sim.convergence import Epochs
+from train.sim.workload import Workload
+
+
+def optimizer(config: dict) -> str:
+    """lars, or else sgd: which of the two updates of train/sim/step is priced."""
+    return "lars" if "lars" in str(config["optim"].get("_target_", "")).lower() else "sgd"
+
+
+def reference_epochs(config: dict, workload: Workload, batch: int, notes: list[str]) -> Epochs:
+    """What the reference convergence points say; ValueError for anything but ResNet-50 on ImageNet."""
+    data = str(config["data"].get("_target_", "")).split(".")[-2:-1]
+    if data != ["imagenet"] or not workload.name.startswith("ResNet-50 (imagenet stem)"):
+        raise ValueError(
+            f"epochs=auto: the reference points are of ResNet-50 on ImageNet, not of {workload.name} on "
+            f"{' '.join(data) or 'this data'}; give epochs"
+        )
+    found = convergence.epochs_at(batch)
+    if found.note:
+        notes.append(found.note)
+    if config["target_top1"] != convergence.TARGET_TOP1:
+        notes.append(
+            f"epochs=auto: the reference points are for {100 * convergence.TARGET_TOP1:g} % top-1, the target is "
+            f"{100 * config['target_top1']:g} %"
+        )
+    if optimizer(config) != "lars":
+        notes.append("epochs=auto: the reference points were reached with LARS, the recipe's optimizer is another one")
+    return found
+
+
+def global_batch_size(config: dict, num_chips: int, notes: list[str]) -> int:
+    """Images a step; up to the largest reference point unless scaling=weak. ValueError where the two sizes disagree."""
+    chip, total = config.get("chip_batch_size"), config.get("global_batch_size")
+    for key, value in {"chip_batch_size": chip, "global_batch_size": total}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{key}={value} must be at least 1")
+    if config.get("scaling") == "weak":
+        if chip is None:
+            raise ValueError("scaling=weak keeps the chip batch: give chip_batch_size")
+        notes.append(f"scaling=weak: {chip} images a chip, whatever the convergence table says of the global batch")
+        return chip * num_chips
+    if chip is None and total is None:
+        raise ValueError("chip_batch_size and global_batch_size are both null: give one of the two")
+    if chip is not None and total is not None and chip * num_chips != total:
+        raise ValueError(
+            f"global_batch_size={total} is not chip_batch_size={chip} x {num_chips} chips: set one to null"
+        )
+    if total is None and chip * num_chips > convergence.LARGEST:
+        notes.append(
+            f"global batch kept at {convergence.LARGEST:,}, the largest reference point of convergence "
+            f"({chip} images on each of {num_chips:,} chips would be {chip * num_chips:,}); scaling=weak lifts this"
+        )
+        return convergence.LARGEST
+    return total or chip * num_chips
