@@ -34,6 +34,9 @@ HANDED_OVER = {
 FROM_DATA = {"model.num_classes"}
 """Keys that take the data's value where they are null."""
 
+BRINGS = ("chip", "wire_dtype")
+"""What a mesh's file may name under `brings`: a real machine's own chip, and a wire dtype that the chip computes in."""
+
 
 def groups() -> dict[str, list[str]]:
     """The groups of conf/ and their options."""
@@ -90,18 +93,31 @@ def _compose(overrides: list[str], experiment: str | None) -> dict:
     for given, follows in (("chip_batch_size", "global_batch_size"), ("global_batch_size", "chip_batch_size")):
         if given in keys and follows not in keys:
             overrides = [*overrides, f"++{follows}=null"]  # the command line replaces the experiment's batch size
+    for name in keys:
+        if f"{name}.".startswith("mesh.brings."):
+            raise ConfigError(name, f"is for a mesh's file; here set {' or '.join(f'{key}=' for key in BRINGS)}")
     given = [word.partition("=")[2] for word in overrides if word.startswith("recipe=")]
-    config, chosen = _composed([word for word in overrides if not word.startswith("recipe=")], overrides)
+    words = [word for word in overrides if not word.startswith("recipe=")]
+    mesh = [word.partition("=")[2] for word in words if word.startswith("mesh=")]
+    if mesh:
+        words += _brought(mesh[-1], set(keys))
+    config, chosen = _composed(words, overrides)
+    if not mesh:  # the experiment's, whose own choices go before what the mesh brings
+        brought = _brought(chosen["mesh"], {*keys, *_set_by(f"experiment/{chosen['experiment']}")})
+        if set(brought) - {f"chip={chosen['chip']}"}:
+            words += brought
+            config, chosen = _composed(words, overrides)
     recipe = given[-1] if given else config.get("recipe", NO_RECIPE)
     if recipe != NO_RECIPE:
         # Composed without the experiment, so that none of its own values stay in what the recipe sets.
-        rest = [word for word in overrides if not word.startswith(("recipe=", "experiment="))]
+        rest = [word for word in words if not word.startswith("experiment=")]
         alone, of_recipe = _composed([*rest, f"recipe={recipe}", "~experiment"], overrides)
-        sets = _set_by_recipe(recipe)
+        sets = _set_by(f"recipe/{recipe}")
         config |= {name: alone[name] for name in sets}
         chosen |= {name: of_recipe[name] for name in sets & set(of_recipe)}
     chosen["recipe"] = recipe
     config |= {"experiment": chosen["experiment"], "recipe": recipe}
+    config["mesh"].pop("brings", None)
     try:
         check(config)
     except ConfigError as error:
@@ -134,10 +150,26 @@ def _composed(words: list[str], on_command_line: list[str]) -> tuple[dict, dict]
         raise ConfigError("", _first_line(error.__cause__ or error)) from error
 
 
-def _set_by_recipe(recipe: str) -> set[str]:
-    """The keys and groups that a recipe's file sets, which are then its alone (and the command line's)."""
+def _brought(mesh: str, settled: set[str]) -> list[str]:
+    """The overrides that a mesh's file asks for under `brings`, such as `chip=h100`, but for keys already `settled`."""
+    brings: dict = {}
+    for plain in map(_plain, _bases(f"mesh/{mesh}")):
+        brings = (plain.get("brings") or {}) | brings
+    for name in brings:
+        if name not in BRINGS:
+            close = nearest(name, BRINGS, prefix="mesh.brings.")
+            raise ConfigError(f"mesh.brings.{name}", f"no such key{close} (in conf/mesh/{mesh}.yaml)")
+    return [
+        f"{name}={value}" if name in groups() else f"++{name}={value}"
+        for name, value in brings.items()
+        if name not in settled
+    ]
+
+
+def _set_by(name: str) -> set[str]:
+    """The keys and groups that a recipe's or an experiment's file sets; a recipe's are then its alone."""
     found: set[str] = set()
-    for plain in map(_plain, _bases(f"recipe/{recipe}")):
+    for plain in map(_plain, _bases(name)):
         entries = [name for entry in plain.pop("defaults", ()) if isinstance(entry, dict) for name in entry]
         found |= {*plain, *(name.rpartition("/")[2] for name in entries)}
     return found
@@ -289,7 +321,8 @@ def _origin(key: str, on_command_line: list[str], chosen: dict) -> str:
     if any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in names):
         return " (on the command line)"
     group, _, rest = key.partition(".")
-    places = [(name, key) for top in ("recipe", "experiment") for name in _bases(f"{top}/{chosen.get(top)}")]
+    places = [(name, f"brings.{key}") for name in _bases(f"mesh/{chosen.get('mesh')}")]
+    places += [(name, key) for top in ("recipe", "experiment") for name in _bases(f"{top}/{chosen.get(top)}")]
     places += [(name, rest) for name in _bases(f"{group}/{chosen.get(group)}")] + [("config", key)]
     for name, inside in places:
         if inside and inside in dict(_leaves("", _plain(name), branches=True)):

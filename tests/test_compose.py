@@ -14,7 +14,12 @@ from launch.compose import CONF, ConfigError, compose, expand, groups, known_tar
 from launch.usage import first_comment
 from train.config import Config
 
-OPTIONS = [(group, option) for group, options in groups().items() for option in options if group != "experiment"]
+OPTIONS = [
+    (group, option)
+    for group, options in groups().items()
+    for option in options
+    if group not in ("experiment", "mesh")  # each mesh is composed by test_catalog
+]
 
 
 def comments(path: Path) -> dict[str, str]:
@@ -63,6 +68,7 @@ def test_comments_of_config_yaml_are_the_help_texts() -> None:
         "mesh.axis=8": "mesh.axis: no such key; did you mean mesh.axes?",
         "claim.recrod=x": "claim.recrod: no such key; did you mean claim.record?",
         "faults.loss=1": "faults.loss: no such key",
+        "mesh.brings.chip=h100": "mesh.brings.chip: is for a mesh's file; here set chip= or wire_dtype=",
         "schedule.epochs=5": "schedule.epochs: no such key",
         "mesh=atlas900_1025": "mesh=atlas900_1025: no such option; did you mean atlas900_1024?",
         "experiment=digits": "experiment=digits: no such option; did you mean digits_atlas?",
@@ -144,7 +150,7 @@ def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "sed: 1": "sed: no such key; did you mean seed? (in conf/experiment/mine.yaml)",
         "optim: {momentun: 0.9}": "did you mean optim.momentum? (in conf/experiment/mine.yaml)",
         "optim: {momentum: fast}": "optim.momentum: 'fast' is not float (in conf/experiment/mine.yaml)",
-        "epochs: many": "epochs: 'many' is not float or a list of float (in conf/experiment/mine.yaml)",
+        "epochs: many": "epochs: 'many' is not float or a list of float or auto (in conf/experiment/mine.yaml)",
         "defaults: [override /mesh: atlas]": "mesh=atlas: no such option; did you mean",
         "defaults: [override /mash: atlas900_64]": "mash",
         "epochs: [1, 2": "mine.yaml",
@@ -162,6 +168,52 @@ def test_a_mistake_in_an_option_names_the_file_that_holds_it(conf: Path) -> None
     (conf / "optim" / "mine.yaml").write_text("defaults: [base, _self_]\nmomentum: 0.8\n")
     with pytest.raises(ConfigError, match=r"optim\.momentun: .*\(in conf/optim/base\.yaml\)"):
         compose(["optim=mine"])
+
+
+RECORD = "experiment=imagenet_atlas900"
+
+
+@pytest.mark.parametrize(
+    "overrides, chip, wire_dtype",
+    [
+        ([RECORD], "Ascend 910", "fp16"),
+        ([RECORD, "mesh=dgx_h100"], "NVIDIA H100-SXM5-80GB", "fp16"),  # the experiment's chip goes with its own mesh
+        (["mesh=dgx_h100", "seed=3"], "NVIDIA H100-SXM5-80GB", "fp16"),
+        ([RECORD, "mesh=dgx_h100", "chip=a100_80gb"], "NVIDIA A100-SXM4-80GB", "fp16"),
+        ([RECORD, "chip=h100"], "NVIDIA H100-SXM5-80GB", "fp16"),
+        ([RECORD, "mesh=tpu_v3"], "TPU v3", "bf16"),  # over the recipe's fp16, which the chip has not
+        ([RECORD, "mesh=tpu_v3", "wire_dtype=fp32"], "TPU v3", "fp32"),
+        ([RECORD, "mesh=gaudi2"], "Habana Gaudi2", "bf16"),  # its file starts from another mesh's
+    ],
+)
+def test_a_mesh_brings_its_own_chip(overrides: list[str], chip: str, wire_dtype: str) -> None:
+    config = compose(overrides)
+    assert (config["chip"]["name"], config["wire_dtype"]) == (chip, wire_dtype)
+    assert "brings" not in config["mesh"]
+
+
+def test_an_experiment_that_chooses_mesh_and_chip_has_both(conf: Path) -> None:
+    text = "# @package _global_\ndefaults: [override /mesh: dgx_h100{chip}]\nchip_batch_size: 4\n"
+    (conf / "experiment" / "both.yaml").write_text(text.format(chip=", override /chip: h200"))
+    (conf / "experiment" / "mesh.yaml").write_text(text.format(chip=""))
+    assert compose(["experiment=both"])["chip"]["name"] == "NVIDIA H200-SXM5-141GB"
+    assert compose(["experiment=both", "mesh=dgx_a100"])["chip"]["name"] == "NVIDIA A100-SXM4-80GB"
+    assert compose(["experiment=mesh"])["chip"]["name"] == "NVIDIA H100-SXM5-80GB"
+
+
+@pytest.mark.parametrize(
+    "brings, says",
+    {
+        "{chip: h101}": "chip=h101: no such option; did you mean h100? (in conf/mesh/mine.yaml)",
+        "{chips: h100}": "mesh.brings.chips: no such key; did you mean mesh.brings.chip? (in conf/mesh/mine.yaml)",
+        "{wire_dtype: int4}": "wire_dtype: 'int4' is not one of fp32, bf16, fp16 (in conf/mesh/mine.yaml)",
+    }.items(),
+)
+def test_a_mesh_that_brings_what_there_is_not_names_its_file(conf: Path, brings: str, says: str) -> None:
+    (conf / "mesh" / "mine.yaml").write_text(f"defaults: [dgx_h100, _self_]\nbrings: {brings}\n")
+    with pytest.raises(ConfigError) as caught:
+        compose([RECORD, "mesh=mine"])
+    assert str(caught.value) == says
 
 
 def test_one_batch_size_on_the_command_line_replaces_the_other() -> None:

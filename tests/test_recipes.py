@@ -39,8 +39,8 @@ def test_a_recipe_is_the_same_in_every_experiment(recipe: str, experiment: str, 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_all_recipes_set_the_same_keys(recipe: str) -> None:
-    expected = composing._set_by_recipe("claim_2019")
-    assert composing._set_by_recipe(recipe) == expected and {"model", "optim", "schedule"} <= expected
+    expected = composing._set_by("recipe/claim_2019")
+    assert composing._set_by(f"recipe/{recipe}") == expected and {"model", "optim", "schedule"} <= expected
 
 
 def test_experiments_keep_the_rest_and_the_command_line_wins() -> None:
