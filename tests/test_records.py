@@ -2,7 +2,7 @@ import csv
 
 import pytest
 
-from train.records import COLUMNS, PUBLISHED, find, load
+from train.records import COLUMNS, PUBLISHED, find, load, load_epochs
 
 
 def test_every_published_row_is_read():
@@ -47,6 +47,21 @@ def test_impossible_rows_are_named_with_their_line(tmp_path, changes, named):
     path = write(tmp_path / "records.csv", [GOOD.values(), {**GOOD, "id": "b", **changes}.values()])
     with pytest.raises(ValueError, match=named):
         load(path)
+
+
+def test_seconds_may_be_empty_where_no_results_are_needed(tmp_path):
+    path = write(tmp_path / "records.csv", [{**GOOD, "seconds": ""}.values()])
+    assert load(path, results_needed=False)[0].seconds is None
+    with pytest.raises(ValueError, match="line 2: seconds='0'"):
+        load(write(path, [{**GOOD, "seconds": "0"}.values()]), results_needed=False)
+
+
+def test_the_logs_epochs_are_read():
+    epochs = load_epochs()
+    assert len(epochs) == 126
+    pcl = epochs["mlperf-v1.0-PCL-CloudBrainII_1024_mindspore_close"]
+    assert (pcl.runs, pcl.s_per_epoch_steady, pcl.evaluations) == (5, 0.6816, 14)
+    assert epochs["mlperf-v1.1-Graphcore-ipu-pod16-TF1"].s_per_epoch_steady is None
 
 
 def test_lines_count_through_quoted_line_breaks(tmp_path):

@@ -1,4 +1,5 @@
-"""Published results: one row a result, each with its source (conf/records/*.csv)."""
+"""Published results: one row a result, each with its source (conf/records/published.csv), and the epochs of MLPerf's
+logs (conf/records/mlperf_epochs.csv)."""
 
 import csv
 import math
@@ -6,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "conf/records/published.csv"
+MLPERF_EPOCHS = PUBLISHED.with_name("mlperf_epochs.csv")
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Record:
     epochs: float | None
     target_top1: float | None
     reached_top1: float | None
-    seconds: float
+    seconds: float | None  # None only where a file to predict leaves it out
     images_per_s: float | None
     images_per_s_per_chip: float | None
     scaling_efficiency: str
@@ -32,12 +34,31 @@ class Record:
     verified: bool
 
 
+@dataclass(frozen=True)
+class EpochTime:
+    """Seconds of an epoch in the logs of one MLPerf row: medians over its successful runs.
+
+    s_per_epoch: the whole clock over the epochs. s_per_epoch_steady: from the first evaluation to the last, evaluations
+    inside, so without start-up; None where the log has none.
+    """
+
+    id: str
+    runs: int
+    s_per_epoch: float
+    s_per_epoch_steady: float | None
+    evaluations: float | None
+    source: str
+
+
 COLUMNS = tuple(Record.__dataclass_fields__)
 TEXTS = "id system chip interconnect scaling_efficiency precision optimizer clock_includes source".split()
 
 
-def load(path: str | Path = PUBLISHED) -> list[Record]:
-    """Reads and checks a records file; ValueError names the file, the line, the column and the value."""
+def load(path: str | Path = PUBLISHED, results_needed: bool = True) -> list[Record]:
+    """Reads and checks a records file; ValueError names the file, the line, the column and the value.
+
+    results_needed: False lets `seconds` be empty, as in a file of systems to predict.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: there is no such records file")
@@ -52,12 +73,28 @@ def load(path: str | Path = PUBLISHED) -> list[Record]:
         for row in reader:
             where = f"{path}, line {start}"
             start = reader.line_num + 1
-            record = _record(row, where)
+            record = _record(row, where, results_needed)
             if record.id in lines:
                 raise ValueError(f"{where}: id {record.id!r} is there already ({lines[record.id]}); ids must differ")
             lines[record.id] = where.rpartition(", ")[2]
             records.append(record)
     return records
+
+
+def load_epochs(path: Path = MLPERF_EPOCHS) -> dict[str, EpochTime]:
+    """By the record's id."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return {
+            row["id"]: EpochTime(
+                row["id"],
+                int(row["runs"]),
+                float(row["s_per_epoch"]),
+                float(row["s_per_epoch_steady"]) if row["s_per_epoch_steady"] else None,
+                float(row["evaluations"]) if row["evaluations"] else None,
+                row["source"],
+            )
+            for row in csv.DictReader(file)
+        }
 
 
 def find(records: list[Record], id: str) -> Record:
@@ -67,7 +104,7 @@ def find(records: list[Record], id: str) -> Record:
     raise ValueError(f"claim.record={id}: no published record has this id; ids are in {PUBLISHED.name}")
 
 
-def _record(row: dict, where: str) -> Record:
+def _record(row: dict, where: str, results_needed: bool) -> Record:
     if None in row or None in row.values():
         raise ValueError(f"{where}: {len(COLUMNS)} cells are needed, as in line 1")
     if not row["id"]:
@@ -102,7 +139,7 @@ def _record(row: dict, where: str) -> Record:
         epochs=number("epochs", 0),
         target_top1=number("target_top1", 0, 100),
         reached_top1=number("reached_top1", 0, 100),
-        seconds=number("seconds", 0, needed=True),
+        seconds=number("seconds", 0, needed=results_needed),
         images_per_s=number("images_per_s", 0),
         images_per_s_per_chip=number("images_per_s_per_chip", 0),
         verified=row["verified"] == "yes",
