@@ -4,7 +4,7 @@ from pathlib import Path
 
 from launch import compose
 
-TINY = ["model=resnet18", "model.stem=small", "data.image_size=8", "chip_batch_size=2", "mesh=atlas900_64"]
+TINY = ["model=resnet_cifar20", "data.image_size=8", "chip_batch_size=2", "mesh=atlas900_64"]
 
 
 def trained_here(overrides: list[str], run_dir: Path) -> dict:

@@ -31,7 +31,7 @@ from train.comm import tree
 from train.metrics import read_rows
 
 KEYS = ["mode", "hashes", "all_equal", "steps", "chips", "block", "loss_first", "loss_last"]
-SMALL = """model=resnet18 model.stem=small mesh=atlas900_64 mesh.axes.host=5 chip_batch_size=2 precision=fp32 optim=sgd
+SMALL = """model=resnet_cifar20 mesh=atlas900_64 mesh.axes.host=5 chip_batch_size=2 precision=fp32 optim=sgd
 data=synthetic data.image_size=8 data.num_classes=4 data.num_train=80 data.num_eval=8 schedule.warmup_epochs=0
 schedule.base_lr=0.05 epochs=100""".split()
 ORDER_OF_WORKERS = """
