@@ -34,8 +34,9 @@ HANDED_OVER = {
 FROM_DATA = {"model.num_classes"}
 """Keys that take the data's value where they are null."""
 
-BRINGS = ("chip", "wire_dtype")
-"""What a mesh's file may name under `brings`: a real machine's own chip, and a wire dtype that the chip computes in."""
+BRINGS = ("chip", "wire_dtype", "network")
+"""What a mesh's file may name under `brings`: a real machine's own chip, a wire dtype that the chip computes in, the
+network model that its shared links need."""
 
 
 def groups() -> dict[str, list[str]]:

@@ -21,13 +21,13 @@ HEAD = """# The catalog: every mesh, priced
 
 Written by `python scripts/catalog.py`. Each row is `python -m launch.emulate mesh=NAME`: the record's recipe
 (`experiment={experiment}`, a global batch of {batch:,}) on that machine with its own chip.
-All-reduce: {collective}; network: {network}. All times are **emulated**.
+All times are **emulated**.
 
 - Single hosts are one host of their kind (`mesh.axes.host=N` makes a cluster); chips that would get less than one image
   stand idle.
 - A link is GB/s each way and us a message, *cited*, *derived* from cited figures, or *assumed*, as its file says. One
-  without us is a bundle that many chips share (the uplinks of a rack, the trunk between two): `network=alpha_beta`
-  doesn't price the sharing, `network=flow` does.
+  without us is a bundle that many chips share (the uplinks of a rack, the trunk between two): such machines bring
+  `network=fitted_flow`, which prices the sharing; `fitted` (alpha_beta) doesn't.
 - The last column names what rests on an assumption: the links, or the chip's rate (no ResNet-50 result is published
   for it). `explain=true` prints each figure with its source.
 
@@ -41,6 +41,7 @@ COLUMNS = (
     "time to train, emulated (5 % to 95 %)",
     "step",
     "efficiency",
+    "all-reduce, network",
     "assumed",
 )
 
@@ -58,9 +59,7 @@ def build(mesh: str) -> Emulator:
 
 def page(made: dict[str, Emulator]) -> str:
     """The text of docs/catalog.md; `made` holds the emulator of every mesh."""
-    record = made["atlas900_1024"].run()
-    how = {key: record[key] for key in ("collective", "network")}
-    head = HEAD.format(experiment=EXPERIMENT, batch=record["global_batch_size"], **how)
+    head = HEAD.format(experiment=EXPERIMENT, batch=made["atlas900_1024"].global_batch_size)
     return head + markdown_table([COLUMNS, *(row(name, each) for name, each in made.items())]) + "\n"
 
 
@@ -80,6 +79,7 @@ def row(name: str, made: Emulator) -> tuple[str, ...]:
         f"{result['time_to_train_s']:,.1f} s ({low:,.1f} to {high:,.1f} s)",
         f"{1e3 * result['step_s']:,.2f} ms",
         f"{100 * result['scaling_efficiency']:.0f} %",
+        f"{result['collective'].removeprefix('auto: ')}, {result['network']}",
         ", ".join(what for what, holds in assumed.items() if holds) or "no",
     )
 

@@ -9,13 +9,13 @@ from train.mesh.topology import Atlas900, LinkClass
 
 
 def record_config(*overrides: str) -> dict:
-    """The record's experiment, composed; composed once, the caller's own to change."""
+    """The record's experiment without fitted constants, composed once; the caller's own to change."""
     return deepcopy(_composed(overrides))
 
 
 @cache
 def _composed(overrides: tuple[str, ...]) -> dict:
-    return compose(["experiment=imagenet_atlas900", *overrides])
+    return compose(["experiment=imagenet_atlas900", "network=alpha_beta", "collective=hierarchical", *overrides])
 
 
 def atlas(hosts: int, chips: int = 8) -> Mesh:

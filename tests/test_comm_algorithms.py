@@ -255,7 +255,7 @@ def test_auto_is_the_library_s_rule(library, hosts, expected):
 
 def test_auto_on_a_torus():
     mesh = grid(4, 4, 4)
-    assert auto(mesh).name == "auto" and auto(mesh).num_lanes == 3
+    assert auto(mesh).name == "auto: torus" and auto(mesh).num_lanes == 3
     assert [stage.axes for stage in auto(mesh).stages] == [stage.axes for stage in torus(mesh).stages]
 
 

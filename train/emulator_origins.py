@@ -129,12 +129,22 @@ def notes(made: Emulator) -> list[str]:
     sources = dict.fromkeys(anchor.get("source", "") for anchor in anchors)
     if len(sources) > 1 and "software" not in anchors[0]:
         found.append(f"rates of {chip.name} come from different software: " + "; ".join(sources))
-    found += _software(made)
+    found += _software(made) + _contention(made)
     for origin in origins(made):
         if origin.origin.startswith("assumed"):
             value = f"{origin.value:g}" if isinstance(origin.value, (int, float)) else origin.value
             found.append(f"{origin.name} = {value} {origin.unit}, {origin.origin}".replace(" ,", ","))
     return found
+
+
+def _contention(made: Emulator) -> list[str]:
+    shared = [link.name for link in made.mesh.topology.link_classes if link.shared]
+    if made.network.name != "alpha_beta" or not shared:
+        return []
+    return [
+        f"{made.mesh.name}: chips share {' and '.join(shared)}, and network=alpha_beta prices every message alone; "
+        "network=fitted_flow prices the contention"
+    ]
 
 
 def _software(made: Emulator) -> list[str]:

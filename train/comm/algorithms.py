@@ -143,12 +143,13 @@ def auto(mesh: Mesh) -> Plan:
     """
     library, hosts = mesh.topology.library, mesh.num_hosts
     if library == "torus":
-        return torus(mesh, "auto")
+        return torus(mesh, "auto: torus")
     few = hosts < 4 if library == "hccl_a2" else hosts < 8 and hosts & (hosts - 1) != 0
     if library in ("hccl", "hccl_a2", "hccl_a3") and few:
-        return _hierarchical("auto", mesh, _between_ring)
-    between = stages.nhr if library in ("hccl_a2", "hccl_a3", "hccl_950") else stages.halving_doubling
-    return _hierarchical("auto", mesh, between)
+        return _hierarchical("auto: hierarchical_ring", mesh, _between_ring)
+    if library in ("hccl_a2", "hccl_a3", "hccl_950"):
+        return _hierarchical("auto: hierarchical_nhr", mesh, stages.nhr)
+    return _hierarchical("auto: hierarchical", mesh, stages.halving_doubling)
 
 
 def _plan(name: str, mesh: Mesh, made: Stages) -> Plan:

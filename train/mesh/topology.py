@@ -42,6 +42,7 @@ class LinkClass:
         self.small_latency_s = self.latency_s if small_latency_us is None else small_latency_us * 1e-6
         self.small_bytes = small_kib * 1024
         self.switched = switched
+        self.shared = False  # by many chips: see trunk
         self.source = source
 
     def message_s(self, nbytes: np.ndarray) -> np.ndarray:
@@ -58,7 +59,7 @@ class LinkClass:
 
     def trunk(self, name: str, links: float, source: str) -> "LinkClass":
         """What `links` of these carry, without a latency of its own (the ends of the way have paid it)."""
-        free = dict(latency_s=0.0, small_latency_s=0.0, small_bytes=0.0, switched=False)
+        free = dict(latency_s=0.0, small_latency_s=0.0, small_bytes=0.0, switched=False, shared=True)
         return self._changed(name=name, bytes_per_s=links * self.bytes_per_s, source=source, **free)
 
     def _changed(self, **changes) -> "LinkClass":
