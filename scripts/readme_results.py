@@ -15,11 +15,14 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from launch.compose import compose
+from launch.validation import load_catalog, rows_of, step_scores, summary, time_scores, twins
 from train import emulator
 from train.conditions import as_percent
 from train.metrics import write_aside
-from train.records import find, load
+from train.records import find, load, load_epochs
 from train.report import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +38,14 @@ RUN_COLUMNS = (
     "time to the target, measured",
     "images/s, measured",
     "computed by",
+)
+VALIDATION_COLUMNS = (
+    "emulated against published",
+    "rows",
+    "median error",
+    "90th percentile",
+    "bias",
+    "perfect scaling",
 )
 RECORD_COLUMNS = ("who", "chips", "batch", "epochs", "claimed or published", "emulated (5 % to 95 %)")
 
@@ -55,6 +66,7 @@ def tables() -> dict[str, str]:
         "results": runs_table(),
         "record": record_table(),
         "certificate": certificate_table(),
+        "validation": validation_table(),
     }
 
 
@@ -107,6 +119,28 @@ def certificate_table() -> str:
         f"numerics={made['mode']}, {made['chips']} chips in blocks of {made['block']}, {made['steps']} steps, {loss}: "
     )
     return f"{head}**{found}**.\n\n{markdown_table(rows)}"
+
+
+def validation_table() -> str:
+    published, epochs, catalog = load(), load_epochs(), load_catalog()
+    rows = rows_of(published, catalog)
+    scored = {
+        "an epoch, closed MLPerf rows": step_scores(rows, epochs),
+        "time to train, epochs as published": time_scores(rows),
+        "time to train, epochs from the reference points": time_scores(rows_of(published, catalog, reference=True)),
+    }
+    lines = [VALIDATION_COLUMNS]
+    for name, found in scored.items():
+        score = summary(found)
+        figures = [score[key] for key in ("median_abs_error", "p90_abs_error", "bias")]
+        perfect = f"{score['baseline_median']:.1%}, {score['baseline_p90']:.1%}"
+        lines.append((name, str(score["scored"]), *(f"{each:.1%}" for each in figures), perfect))
+    floor = [abs(error) for _, error in twins(published, epochs, catalog.chips)]
+    middle, high = np.quantile(floor, [0.5, 0.9])
+    lines.append(
+        ("published rows of one chip, count and batch apart", str(len(floor)), f"{middle:.1%}", f"{high:.1%}", "", "")
+    )
+    return markdown_table(lines)
 
 
 def fill(text: str, content: dict[str, str]) -> str:

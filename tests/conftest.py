@@ -1,8 +1,10 @@
 """Says at the end of every test run what was left out: each skip with its reason, each mark with its count.
 
-And the folder of Ray's files.
+Two processes run the tests (pytest-xdist; `-n 0` for one): those that start Ray one after another in one of them, since
+they mostly wait, the other files beside them. And the folder of Ray's files.
 """
 
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -10,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two times two threads on two cores wait for each other
+
 LEFT_OUT: pytest.StashKey[Counter] = pytest.StashKey()
+START_RAY = {"test_certify", "test_launch_placement", "test_launch_run", "test_launch_submit_runs"}
 MARKS = ("slow", "gpu", "slurm", "sample", "simgrid")
 
 
@@ -18,10 +24,27 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEFT_OUT] = Counter()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in START_RAY else item.path.stem))
+
+
 def pytest_deselected(items: list[pytest.Item]) -> None:
     for item in items:
         marks = [mark for mark in MARKS if item.get_closest_marker(mark)]
         item.config.stash[LEFT_OUT][" and ".join(marks)] += 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:  # in a process of xdist
+        output["left_out"] = dict(session.config.stash[LEFT_OUT])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """Every process has left out the same."""
+    node.config.stash[LEFT_OUT] |= Counter(getattr(node, "workeroutput", {}).get("left_out", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
