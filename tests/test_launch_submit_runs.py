@@ -19,7 +19,7 @@ from launch.compose import compose
 from launch.job_folder import ROOT, Job, State
 from launch.jobs_ray import UPLOADED
 
-SMALL = "mesh=atlas800 chip_batch_size=4 workers=1".split()
+SMALL = "model=resnet_cifar20 mesh=atlas800 chip_batch_size=4 workers=1".split()
 PATIENCE_S = 60.0
 
 
@@ -127,7 +127,7 @@ def test_a_run_outlives_the_command(tmp_path: Path) -> None:
 def test_a_run_as_a_job_of_a_ray_head(head: str, tmp_path: Path) -> None:
     here = f"run_root={tmp_path}", "job=one"
     there = "launch=ray_job", f"launch.address={head}"
-    first = submit(*SMALL, *here, *there, "seed=1")
+    first = submit(*SMALL, *here, *there, "seed=1", "epochs=1000", "target_top1=1")
     assert first.returncode == 0, first.stderr
     assert f"job      one (ray_job), in {tmp_path}/jobs/one\n" in first.stdout
     again = submit(*SMALL, *here, *there)
@@ -149,7 +149,7 @@ def test_a_run_as_a_job_of_a_ray_head(head: str, tmp_path: Path) -> None:
     facts = Job(tmp_path / "jobs" / "one").facts
     assert (facts["submission_id"], facts["address"], facts["status"]) == ("one", head, "STOPPED")
     settled = [f"run_root={tmp_path}", "run=one", "cluster.address=auto"]
-    assert facts["command"] == ["python", "-m", "launch.run", *SMALL, "seed=1", *settled]
+    assert facts["command"] == ["python", "-m", "launch.run", *SMALL, "seed=1", "epochs=1000", "target_top1=1", *settled]
     assert "# Run one" in (tmp_path / "jobs" / "one" / "log.txt").read_text(), "the log is in the job's folder now"
 
 
