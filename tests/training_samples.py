@@ -1,4 +1,4 @@
-"""The smallest real training: ResNet-18 on 8x8 digits, three emulated hosts of 8 chips, two images each."""
+"""The smallest real training: ResNet-20 on 8x8 digits, three emulated hosts of 8 chips, two images each."""
 
 from copy import deepcopy
 from functools import cache
@@ -8,7 +8,7 @@ import yaml
 from launch.compose import compose
 
 STEPS_PER_EPOCH = 1_437 // 48
-GROUPS = ("optim", "data", "backend")
+GROUPS = ("optim", "data", "backend", "model")
 
 
 def tiny(*overrides: str) -> dict:
@@ -29,7 +29,7 @@ def tiny(*overrides: str) -> dict:
 @cache
 def composed(*groups: str) -> dict:
     machine = ["mesh=atlas900_64", "mesh.axes.host=3", "chip_batch_size=2", "precision=fp32", "workers=1"]
-    model = ["model=resnet18", "model.stem=small", "data=digits", "data.image_size=8"]
+    model = ["model=resnet_cifar20", "data=digits", "data.image_size=8"]
     recipe = ["optim=sgd", "schedule=polynomial", "schedule.base_lr=0.05", "schedule.warmup_epochs=0.05", "epochs=30"]
     limits = ["target_top1=1", f"eval_every={2 / STEPS_PER_EPOCH}", "eval_offset=0", "max_steps=4"]
     return compose([*machine, *model, *recipe, *limits, *groups])
