@@ -14,7 +14,7 @@ from train.comm.algorithms import halving_doubling, hierarchical, hierarchical_r
 from train.comm.groups import SingleGroup
 from train.comm.plan import Plan, Round, Stage, run_on_arrays
 from train.comm.wire import PlanAggregator, run_on_tensors, sum_on_plan
-from train.models import chip_norm, resnet
+from train.models import chip_norm
 
 ALGORITHMS = [ring, halving_doubling, hierarchical, hierarchical_ring]
 MESHES = [atlas(1, chips) for chips in (1, 2, 4, 5)] + [atlas(hosts) for hosts in (1, 2, 3, 8)]
@@ -162,7 +162,6 @@ def test_what_it_cannot_do_is_refused_in_one_line(overrides, named, tmp_path):
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(resnet, "STAGE_WIDTHS", (8, 16, 32, 64))
     monkeypatch.setattr(wire, "MAX_BUFFER_BYTES", 1 << 20)
     with pytest.raises(ValueError, match="the network is too large for it: take fewer chips, a smaller model or"):
         run_worker(tiny(*PLAN), WorkerContext(), tmp_path)
@@ -171,7 +170,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, monke
 
 def test_training_with_it(tmp_path, monkeypatch):
     """One and the same training but for the sums' rounding; the emulated clock does not see them."""
-    monkeypatch.setattr(resnet, "STAGE_WIDTHS", (8, 16, 32, 64))
     monkeypatch.setattr(chip_norm, "MAX_PIXELS_INTERLEAVED", 0)  # the plan's passes of one chip never are
     wires = {"fp32": PLAN, "fp16": [*PLAN, "loss_scale=1"], "fast": ["numerics=fast"]}
     weights, results, contracts = {}, {}, {}
