@@ -31,6 +31,7 @@ from train.comm.aggregation import TreeAggregator
 from train.comm.groups import SingleGroup
 from train.metrics import finite, write_aside
 from train.models.chip_norm import allocate_chips, chip_moments
+from train.models.layout import chip_after_chip
 from train.models.resnet import ResNet, resnet
 from train.optim.lars import LARS
 from train.optim.sgd import SGD
@@ -290,7 +291,9 @@ class Emulated:
             self._aggregator.add(block, [p.grad for p in self.parameters])
             for p in self.parameters:
                 p.grad = None
+            mixed = chip_pass.interleaves(images)
             for i, output in enumerate(self._relus.take()):
+                output = chip_after_chip(output, len(chips)) if mixed else output
                 for chip, part in zip(chips, output.split(sizes), strict=True):
                     self.shared.relus[chip][i].copy_(part)
         gradients = self._aggregator.total()

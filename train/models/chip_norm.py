@@ -170,16 +170,20 @@ class ChipPass:
 
     def through(self, layers: Callable[[Tensor], Tensor], images: Tensor, training: bool) -> Tensor:
         """`layers(images)`, which in between are interleaved where that is faster; images and result [N, ...]."""
-        groups = len(self.groups())
-        pixels = images.shape[2] * images.shape[3]
-        alike = self.sizes is None or len(set(self.group_sizes(len(images)))) == 1
-        if not training or groups == 1 or pixels > MAX_PIXELS_INTERLEAVED or not alike:
+        if not training or not self.interleaves(images):
             return layers(images)
+        groups = len(self.groups())
         self.interleaved = True
         try:
             return chip_after_chip(layers(interleaved(images, groups)), groups)
         finally:
             self.interleaved = False
+
+    def interleaves(self, images: Tensor) -> bool:
+        """Whether these images go through the network interleaved in training: small ones, of several equal groups."""
+        pixels = images.shape[2] * images.shape[3]
+        alike = self.sizes is None or len(set(self.group_sizes(len(images)))) == 1
+        return len(self.groups()) > 1 and pixels <= MAX_PIXELS_INTERLEAVED and alike
 
     def groups(self) -> range:
         """The batch-norm groups of this pass, numbered from the worker's first chip."""
