@@ -70,13 +70,15 @@ def left_out(data: Data, catalog: Catalog, published: list, epochs: dict) -> lis
     """Leave one family out: its rows (its own anchors apart) by constants that saw none of them."""
     shipped = catalog.network.calibration
     names = sorted({family(row.prediction.chip.name) for row in data.rows.values()})
-    lines, everything = [], {"(a)": [], "(b)": []}
+    lines, everything = [], {"(a)": [], "(b)": [], "(c)": []}
     for name in names:
         of_family = [r for r in published if r.id in data.rows and family(data.rows[r.id].prediction.chip.name) == name]
         if all(r.id in catalog.anchors for r in of_family):
             continue
-        rows = rows_of(of_family, under(catalog, without_family(data, name, shipped)))
-        for kind, scored in (("(a)", step_scores(rows, epochs)), ("(b)", time_scores(rows))):
+        other = under(catalog, without_family(data, name, shipped))
+        rows, referenced = rows_of(of_family, other), rows_of(of_family, other, reference=True)
+        scores = {"(a)": step_scores(rows, epochs), "(b)": time_scores(rows), "(c)": time_scores(referenced)}
+        for kind, scored in scores.items():
             everything[kind] += scored
             if scored:
                 lines.append([kind, *line(name, scored)])

@@ -243,7 +243,7 @@ def algorithms_in(plan: Plan) -> list[str]:
         ("hccl_a2", {2: "ring", 3: "ring", 4: "non-uniform", 5: "non-uniform", 64: "non-uniform"}, "910B"),
         ("hccl_a3", {2: "non-uniform", 3: "ring", 7: "ring", 9: "non-uniform", 48: "non-uniform"}, "910C"),
         ("hccl_950", {2: "non-uniform", 3: "non-uniform", 16: "non-uniform"}, "950"),
-        ("nccl", {2: "halving", 3: "halving", 64: "halving"}, "others"),
+        ("nccl", {2: "halving", 3: "non-uniform", 64: "halving", 1088: "non-uniform"}, "others"),
     ],
 )
 def test_auto_is_the_library_s_rule(library, hosts, expected):

@@ -102,6 +102,8 @@ def test_representatives():
         few = representatives(count)
         assert len(few) < 16384 and (np.diff(few) > 0).all() and few[0] == 0 and few[-1] == count - 1
     assert {4096, 4095, 12288 - 1, 12288} <= set(representatives(1 << 20).tolist())
+    for share in (2000, 1 << 20):  # as many rings as chips in a host of 2,000 that are all linked
+        assert {0, 1999} <= set(representatives(2000, share).tolist())
 
 
 @pytest.mark.parametrize("name", [*NAMES, "multi_ring", "torus_2d"])

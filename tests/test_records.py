@@ -36,6 +36,7 @@ GOOD = dict(zip(COLUMNS, "a,A,8,chip,,256,90,75.9,76,100,,,,,,,s,yes".split(",")
         ({"seconds": ""}, "line 3: seconds=''"),
         ({"chips": "many"}, "line 3: chips='many'"),
         ({"chips": "8.5"}, "line 3: chips='8.5' must be a whole number"),
+        ({"chips": "1e9"}, "line 3: chips='1e9' must be a number above 0 and at most 2,000,000"),
         ({"reached_top1": "760"}, "line 3: reached_top1='760' must be a number above 0 and at most 100"),
         ({"epochs": "nan"}, "line 3: epochs='nan'"),
         ({"verified": "perhaps"}, "line 3: verified='perhaps'"),
@@ -77,6 +78,15 @@ def test_missing_columns_short_rows_and_files_are_named(tmp_path):
         load(write(tmp_path / "b.csv", [["only", "three", "cells"]]))
     with pytest.raises(ValueError, match="no such records file"):
         load(tmp_path / "c.csv")
+    (tmp_path / "d.csv").write_bytes(b"\xff\xfeid")
+    with pytest.raises(ValueError, match="d.csv: must be text in UTF-8"):
+        load(tmp_path / "d.csv")
+
+
+def test_a_spreadsheet_s_byte_order_mark_is_no_part_of_a_column(tmp_path):
+    path = write(tmp_path / "records.csv", [GOOD.values()])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load(path)[0].id == "a"
 
 
 def test_the_claim_s_files_name_records():

@@ -111,11 +111,18 @@ def test_an_impossible_file_is_refused_with_its_line(tmp_path, capsys, published
     assert validate.main(["--runs", str(tmp_path / "none.csv")]) == 2
 
 
-def test_one_code_path_with_the_emulator_of_a_configuration(catalog, published):
+@pytest.mark.parametrize("hosts", [8, 5])
+def test_one_code_path_with_the_emulator_of_a_configuration(catalog, published, hosts):
     """A DGX A100 row and the same composed for launch.emulate give the same step."""
     record = records.find(published, "mlperf-v1.1-NVIDIA-dgxa100_n8_ngc21.09_mxnet")
-    (row,) = rows_of([record], catalog)
-    overrides = ["mesh=dgx_a100", "mesh.axes.host=8", "network=fitted", "collective=auto", "+chip.software=mxnet 2021"]
+    (row,) = rows_of([replace(record, system=record.system.replace("_n8", f"_n{hosts}"), chips=8 * hosts)], catalog)
+    overrides = [
+        "mesh=dgx_a100",
+        f"mesh.axes.host={hosts}",
+        "network=fitted",
+        "collective=auto",
+        "+chip.software=mxnet 2021",
+    ]
     config = compose([*overrides, "global_batch_size=3264", "epochs=35"], experiment="imagenet_atlas900")
     assert emulator.build(config).step(3264).step_s == pytest.approx(row.emulator.step(3264).step_s, rel=1e-9)
 
@@ -134,6 +141,7 @@ def test_one_code_path_with_the_emulator_of_a_configuration(catalog, published):
         ("Fujitsu abci_2048xV100", 2048, "NVIDIA V100-SXM2-16GB", "InfiniBand EDR 100 Gb/s x2 per node", (512, 4), 200),
         ("Facebook, Caffe2", 256, "NVIDIA P100", "NVLink in node; 50 Gb/s Ethernet", (32, 8), 50),
         ("nobody's", 7, "NVIDIA V100", "", (1, 7), None),
+        ("nobody's 2xB100 racks", 1024, "NVIDIA V100-SXM2-16GB", "NVLink", (128, 8), None),
     ],
 )
 def test_hosts_are_read_from_the_texts(system, chips, chip, interconnect, hosts, cards):
@@ -187,6 +195,7 @@ def test_software_is_the_framework_and_the_round_s_year():
     assert of("tpu-v3-32", "TPU v3", "0.6") == "tensorflow 2019"
     assert of("Dell XE8545", round_="9.9") == "mxnet 2024"
     assert of("Facebook, Caffe2", round_=None) is None
+    assert of("Dell platform8xA100") == "mxnet 2022" and of("gpu-v100-8-TF2.0") == "tensorflow 2022"
 
 
 @pytest.mark.parametrize(
@@ -247,3 +256,18 @@ def test_logged_epochs_belong_to_published_rows():
         assert id in ids and found.s_per_epoch > 0 and found.source.startswith("mlcommons/training_results_v")
         if ids[id].epochs:
             assert found.s_per_epoch == pytest.approx(ids[id].seconds / ids[id].epochs, rel=0.06), id
+
+
+@pytest.mark.parametrize("chips, each", [(100, 4), (12, 4), (6, 6), (16, 8)])
+def test_ascend_chips_keep_their_links_in_hosts_of_any_size(catalog, published, chips, each):
+    record = replace(records.find(published, "mindspore-zoo-8x910"), chips=chips)
+    (row,) = rows_of([record], catalog)
+    topology = row.emulator.mesh.topology
+    assert (row.emulator.mesh.chips_per_host, topology.library) == (each, "hccl")
+    assert {"hccs", "roce"} <= {link.name for link in topology.link_classes}
+
+
+def test_one_chip_stands_in_no_assumed_host(catalog, published):
+    record = replace(records.find(published, "mlperf-v0.7-NVIDIA-dgx1_ngc20.06_mxnet"), chips=1)
+    (row,) = rows_of([record], catalog)
+    assert row.emulator.mesh.num_chips == 1 and row.prediction.notes == ()

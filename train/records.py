@@ -4,6 +4,7 @@ logs (conf/records/mlperf_epochs.csv)."""
 import csv
 import math
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "conf/records/published.csv"
@@ -51,6 +52,8 @@ class EpochTime:
 
 
 COLUMNS = tuple(Record.__dataclass_fields__)
+MOST_CHIPS = 2_000_000
+"""More are a mistake: no published machine has a hundredth of them."""
 TEXTS = "id system chip interconnect scaling_efficiency precision optimizer clock_includes source".split()
 
 
@@ -62,22 +65,25 @@ def load(path: str | Path = PUBLISHED, results_needed: bool = True) -> list[Reco
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: there is no such records file")
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [column for column in COLUMNS if column not in (reader.fieldnames or [])]
-        if missing:
-            needed = ", ".join(COLUMNS)
-            raise ValueError(f"{path}, line 1: missing columns {', '.join(missing)}; there must be {needed}")
-        records, lines = [], {}
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: must be text in UTF-8 ({error.reason} at byte {error.start})") from None
+    reader = csv.DictReader(StringIO(text, newline=""))
+    missing = [column for column in COLUMNS if column not in (reader.fieldnames or [])]
+    if missing:
+        needed = ", ".join(COLUMNS)
+        raise ValueError(f"{path}, line 1: missing columns {', '.join(missing)}; there must be {needed}")
+    records, lines = [], {}
+    start = reader.line_num + 1
+    for row in reader:
+        where = f"{path}, line {start}"
         start = reader.line_num + 1
-        for row in reader:
-            where = f"{path}, line {start}"
-            start = reader.line_num + 1
-            record = _record(row, where, results_needed)
-            if record.id in lines:
-                raise ValueError(f"{where}: id {record.id!r} is there already ({lines[record.id]}); ids must differ")
-            lines[record.id] = where.rpartition(", ")[2]
-            records.append(record)
+        record = _record(row, where, results_needed)
+        if record.id in lines:
+            raise ValueError(f"{where}: id {record.id!r} is there already ({lines[record.id]}); ids must differ")
+        lines[record.id] = where.rpartition(", ")[2]
+        records.append(record)
     return records
 
 
@@ -119,12 +125,12 @@ def _record(row: dict, where: str, results_needed: bool) -> Record:
         except ValueError:
             value = math.nan
         if not low < value <= high or math.isinf(value):
-            limit = f" and at most {high:g}" if high < math.inf else ""
+            limit = f" and at most {high:,.10g}" if high < math.inf else ""
             raise ValueError(f"{where}: {column}={text!r} must be a number above {low:g}{limit}")
         return value
 
-    def whole(column: str, needed: bool = False) -> int | None:
-        value = number(column, 0, needed=needed)
+    def whole(column: str, high: float = math.inf, needed: bool = False) -> int | None:
+        value = number(column, 0, high, needed)
         if value is not None and value != int(value):
             raise ValueError(f"{where}: {column}={row[column]!r} must be a whole number")
         return None if value is None else int(value)
@@ -134,7 +140,7 @@ def _record(row: dict, where: str, results_needed: bool) -> Record:
     words = " " in row["global_batch"].strip()
     return Record(
         **{name: row[name] for name in TEXTS},
-        chips=whole("chips", needed=True),
+        chips=whole("chips", MOST_CHIPS, needed=True),
         global_batch=row["global_batch"] if words else whole("global_batch"),
         epochs=number("epochs", 0),
         target_top1=number("target_top1", 0, 100),

@@ -138,16 +138,18 @@ def auto(mesh: Mesh) -> Plan:
       hccl_a3 (910C): as hccl, with NHR in place of halving-doubling (between super-pods as well, here one level).
       hccl_950: NHR, the only choice between hosts that its documents name.
     torus: `torus` (TPU: Ying et al. 2018).
-    others, nccl among them: `hierarchical`. (NCCL's own choice between rings and double trees depends on the bytes;
-      this has the trees' number of rounds and the rings' bytes.)
+    others, nccl among them: `hierarchical`, with NHR between hosts whose number is no power of two, where
+      halving-doubling would send more. (NCCL's own choice between rings and double trees depends on the bytes; this has
+      the trees' number of rounds and the rings' bytes.)
     """
     library, hosts = mesh.topology.library, mesh.num_hosts
     if library == "torus":
         return torus(mesh, "auto: torus")
-    few = hosts < 4 if library == "hccl_a2" else hosts < 8 and hosts & (hosts - 1) != 0
+    power_of_two = hosts & (hosts - 1) == 0
+    few = hosts < 4 if library == "hccl_a2" else hosts < 8 and not power_of_two
     if library in ("hccl", "hccl_a2", "hccl_a3") and few:
         return _hierarchical("auto: hierarchical_ring", mesh, _between_ring)
-    if library in ("hccl_a2", "hccl_a3", "hccl_950"):
+    if library in ("hccl_a2", "hccl_a3", "hccl_950") or (library != "hccl" and not power_of_two):
         return _hierarchical("auto: hierarchical_nhr", mesh, stages.nhr)
     return _hierarchical("auto: hierarchical", mesh, stages.halving_doubling)
 

@@ -181,7 +181,7 @@ def representatives(count: int, share: int = 1) -> np.ndarray:
     most = MOST_PRICED // share
     if count <= most:
         return np.arange(count)
-    sixteenth = most // 16
+    sixteenth = max(1, most // 16)
     ends = np.arange(sixteenth), np.arange(count - sixteenth, count)
     block = 1 << (count // (4 * sixteenth) - 1).bit_length()
     start = np.arange(0, count, block)

@@ -62,6 +62,10 @@ class LinkClass:
         free = dict(latency_s=0.0, small_latency_s=0.0, small_bytes=0.0, switched=False, shared=True)
         return self._changed(name=name, bytes_per_s=links * self.bytes_per_s, source=source, **free)
 
+    def slowed(self, factor: float) -> "LinkClass":
+        """The same at a `factor`-th of its rate."""
+        return self._changed(bytes_per_s=self.bytes_per_s / factor)
+
     def _changed(self, **changes) -> "LinkClass":
         link = copy.copy(self)
         vars(link).update(changes)

@@ -7,12 +7,11 @@ never what it reached.
 import copy
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from train.comm.algorithms import auto, hierarchical_nhr
-from train.comm.plan import Plan
+from train.comm.algorithms import auto
 from train.mesh.chip import Chip
 from train.mesh.mesh import Mesh
 from train.records import Record
@@ -43,7 +42,7 @@ FORM = {"sxm2", "sxm3", "sxm4", "sxm5", "pcie", "nvl"}
 VARIANT = r"\d+gb|sxm\d|pcie|nvl"
 MODELS = {"gaudi", "bow", "p40", "p100"}
 
-# Framework by words of the system text; else by the chip.
+# Framework by patterns of the system text; else by the chip.
 FRAMEWORKS = (
     ("mxnet", "mxnet"),
     ("pytorch", "pytorch"),
@@ -55,7 +54,7 @@ FRAMEWORKS = (
     ("mosaic", "pytorch"),
     ("caffe2", "caffe2"),
     ("-pt", "pytorch"),
-    ("tf", "tensorflow"),
+    ("(?<![a-z])tf", "tensorflow"),
     ("google", "tensorflow"),
 )
 DEFAULT_FRAMEWORKS = {"tpu": "tensorflow", "gaudi": "tensorflow", "gaudi2": "tensorflow", "ipu": "tensorflow"} | {
@@ -107,7 +106,7 @@ def predict(
     steps = math.ceil(NUM_TRAIN / record.global_batch) if framework == "mxnet" else NUM_TRAIN // record.global_batch
     arguments = dict(
         workload=workloads.resnet(),
-        collective=collective_of(mesh),
+        collective=auto,
         global_batch_size=record.global_batch,
         wire_dtype=wire_dtype,
         precision=chip.precision,
@@ -121,12 +120,6 @@ def predict(
         optimizer="lars" if "lars" in record.optimizer.lower() else "sgd",
     )
     return Prediction(record.id, chip, mesh, arguments, (*notes, *assumed), round_, division, bool(notes))
-
-
-def collective_of(mesh: Mesh) -> Callable[[Mesh], Plan]:
-    """The library's default; NCCL's trees take any number of hosts, where halving-doubling would send more."""
-    even = mesh.num_hosts & (mesh.num_hosts - 1) == 0
-    return auto if even or mesh.topology.library != "nccl" else hierarchical_nhr
 
 
 def reference_epochs(record: Record) -> Epochs:
@@ -188,7 +181,7 @@ def mlperf(record: Record) -> tuple[str | None, str | None]:
 def software_of(record: Record, words: set[str], round_: str | None) -> str | None:
     """Framework and year: "mxnet 2021". None where the text gives no year."""
     text = record.system.lower()
-    framework = next((name for word, name in FRAMEWORKS if word in text), None)
+    framework = next((name for word, name in FRAMEWORKS if re.search(word, text)), None)
     if framework is None:
         framework = next((name for word, name in DEFAULT_FRAMEWORKS.items() if word in words), "mxnet")
     year = ROUND_YEARS.get(round_ or "")

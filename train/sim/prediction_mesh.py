@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from train.mesh.mesh import Mesh
 from train.mesh.topologies import MeshedHosts, SwitchedHosts, Torus
-from train.mesh.topology import Atlas900, LinkClass
+from train.mesh.topology import LinkClass
 from train.records import Record
 
 # Chips of one host where the text names its model: DGX-2 16; ABCI, C4140, XE8545 and R750xa 4; HLS-1H 4 Gaudi.
@@ -28,7 +28,7 @@ HOST_COUNT = r"(?:^|\s|-)(\d+)x(?=[A-Z][A-Z0-9a-z]*x?\d)"
 CARDS = r"(\d+)x (?:ConnectX|Cornelis|Mellanox|BF3|InfiniBand)[^;,]*?(\d+) ?Gb"
 RATES_GBIT = (("ndr", 400), ("hdr", 200), ("edr", 100), ("fdr", 56), ("e810", 100), ("omni-path", 100))
 
-MOST_CARDS = 10
+MOST_CARDS, MOST_CHIPS = 10, 72  # of one host: PCIe cards; any chips (GB200 NVL72)
 PCIE_GBYTES = 24.0
 PCIE_SOURCE = "derived: twice the 12 GB/s that NVIDIA/nccl's tuning code (src/graph) has for PCIe 3.0 x16"
 NETWORK_LATENCY_US = 2.7
@@ -71,7 +71,7 @@ def hosts_of(record: Record, words: set[str]) -> Hosts:
         count = _stated(HOST_COUNT, text)
         count = count if count != chips else None
     size = None
-    if count and count <= chips and chips % count == 0:
+    if count and count <= chips <= count * MOST_CHIPS and chips % count == 0:
         size = chips // count
     if size is None and each and chips % each == 0:
         size = each
@@ -101,8 +101,11 @@ def mesh_of(record: Record, words: set[str], catalog: Mapping[str, Mesh]) -> tup
         return Mesh(record.system, _axes(shape), Torus(shape, link, chips_per_host=shape[1])), "fp16", []
     hosts = hosts_of(record, words)
     axes, notes = {"host": hosts.count, "chip": hosts.chips}, list(hosts.notes)
-    if known == "atlas900_1024" and hosts.chips == Atlas900.chips_per_host:
-        return Mesh(record.system, axes, catalog[known].topology), "fp16", notes
+    if known == "atlas900_1024":
+        whole = catalog[known].topology
+        hccs, _, roce = whole.link_classes
+        part = MeshedHosts(hosts.chips, hccs, roce, library=whole.library)
+        return Mesh(record.system, axes, whole if hosts.chips == whole.chips_per_host else part), "fp16", notes
     if known in ("gaudi", "gaudi2"):
         inside, between = catalog[known].topology.link_classes[:2]
         return Mesh(record.system, axes, MeshedHosts(hosts.chips, inside, between)), "bf16", notes
@@ -131,7 +134,8 @@ def _gpu_hosts(record: Record, words: set[str], hosts: Hosts, known: str | None,
             links = catalog["abci"].topology.link_classes[0] if known == "dgx1_v100" else _bridged(model)
             return MeshedHosts(4, links, between)
         if known.startswith("dgx1"):
-            notes.append(f"assumed: hosts of {hosts.chips} {record.chip} on switches")
+            if hosts.chips > 1:
+                notes.append(f"assumed: hosts of {hosts.chips} {record.chip} on switches")
             return SwitchedHosts(hosts.chips, model.link_classes[0].bundle(model.links_per_chip), between)
         return SwitchedHosts(hosts.chips, model.link_classes[0], between)
     pcie = LinkClass("pcie", PCIE_GBYTES, 1.0, source=PCIE_SOURCE)
