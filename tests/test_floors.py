@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     (0, "numpy", "train.config train.records train.mesh train.comm.plan"),
     (1, "numpy", "train.comm.algorithms train.comm.tree train.sim"),
-    (2, "numpy", "train.emulator train.report train.conditions"),
+    (2, "numpy", "train.emulator train.report train.claims train.conditions train.retime train.mlperf_import"),
     (2, "torch", "train.comm train.data train.models train.optim train.metrics train.checkpoint train.precision"),
     (2, "torch", "train.memory train.comm.plan_group train.tensorboard train.mlperf_log train.trace"),
     (3, "torch", "train.trainer"),

@@ -48,16 +48,27 @@ LAYOUT = {
     "Training": {"learning rate": ["train/learning_rate"], "gradient norm": ["train/grad_norm"]},
 }
 # keys of the configuration that the table of runs leaves out, and its metrics -> tag
-NOT_HPARAMS = {"run_root", "run", "resume", "format", "explain", "action", "job", "hang_timeout_s"}
+NOT_HPARAMS = {"run_root", "run", "resume", "format", "explain", "out", "trace", "action", "job", "hang_timeout_s"}
 HPARAMS_METRICS = {"top1": "eval/top1", "emulated_s": "result/emulated_s", "measured_s": "result/measured_s"}
 
 
 class TensorBoardSink:
-    """Writes every row to tb/measured and tb/emulated of the run folder."""
+    """Writes every row to tb/<clock> of the run folder, for each of `clocks` (a run that was not trained here has one).
 
-    def __init__(self, run_dir: str | Path, started_at_wall: float, config: dict | None = None, claim=None) -> None:
+    Only the measured clock runs from `started_at_wall`; the last of `clocks` carries the table of runs.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        started_at_wall: float,
+        config: dict | None = None,
+        claim=None,
+        clocks: tuple[str, ...] = ("measured", "emulated"),
+    ) -> None:
         run_dir, config = Path(run_dir), config or {}
-        self._clocks = {"measured": started_at_wall, "emulated": float(EPOCH)}
+        self._clocks = {clock: started_at_wall if clock == "measured" else float(EPOCH) for clock in clocks}
+        self._home = clocks[-1]
         self._writers = {clock: _writer(run_dir / "tb" / clock) for clock in self._clocks}
         self._seconds = dict.fromkeys(self._clocks, 0.0)
         self._lines = {TARGET_TAG: config.get("target_top1")}
@@ -67,8 +78,9 @@ class TensorBoardSink:
         text = _text("config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```")
         for clock in self._clocks:
             self._add(clock, 0, [text, _layout()])
-        self._add("emulated", 0, [_scalar(tag, value) for tag, value in self._lines.items()])
-        self._add("emulated", 0, _hparams(config, run_dir.name, started_at_wall))
+        if "emulated" in clocks:
+            self._add("emulated", 0, [_scalar(tag, value) for tag, value in self._lines.items()])
+        self._add(self._home, 0, _hparams(config, run_dir.name, started_at_wall))
         self.flush()
 
     def log(self, row: dict) -> None:
@@ -96,9 +108,9 @@ class TensorBoardSink:
 
         end = plugin_data_pb2.SessionEndInfo(
             status=api_pb2.STATUS_SUCCESS if status == "done" else api_pb2.STATUS_FAILURE,
-            end_time_secs=self._clocks["measured"] + self._seconds["measured"],
+            end_time_secs=self._clocks.get("measured", 0.0) + self._seconds.get("measured", 0.0),
         )
-        self._add("emulated", 0, [_hparams_value("_hparams_/session_end_info", session_end_info=end)])
+        self._add(self._home, 0, [_hparams_value("_hparams_/session_end_info", session_end_info=end)])
         for writer in self._writers.values():
             writer.close()
 
@@ -133,6 +145,19 @@ def write_reference_runs(run_root: str | Path, records: list) -> None:
             aside.rename(folder)
         except OSError:  # another run has just written it
             shutil.rmtree(aside)
+
+
+def write_page(folder: str | Path, tag: str, text: str, png: str | Path) -> None:
+    """One page in a folder of its own, in place of what is there: a text (Markdown) and a picture, at step 0."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    folder, picture = Path(folder), Path(png).read_bytes()
+    width, height = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))  # of a PNG's first chunk
+    image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=picture)
+    shutil.rmtree(folder, ignore_errors=True)
+    writer = _writer(folder)
+    _add(writer, EPOCH, 0, [_text(tag, text), Summary.Value(tag=f"{tag}/picture", image=image)])
+    writer.close()
 
 
 def _describe(record) -> str:
