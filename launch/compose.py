@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch import signature
 from launch.usage import usage
@@ -37,6 +37,23 @@ FROM_DATA = {"model.num_classes"}
 BRINGS = ("chip", "wire_dtype", "network")
 """What a mesh's file may name under `brings`: a real machine's own chip, a wire dtype that the chip computes in, the
 network model that its shared links need."""
+
+
+OF_EMULATE = {"out": None, "trace": None}
+"""Keys of launch.emulate that configurations of older runs lack."""
+
+
+class Job(NamedTuple):
+    """One job of a command line: its overrides and configuration, what it returned, or else why it was refused."""
+
+    words: list[str]
+    config: dict
+    value: Any
+    refusal: str
+
+
+REFUSED = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)
+"""What wrong input raises: one line and status 2, no traceback."""
 
 
 def groups() -> dict[str, list[str]]:
@@ -101,12 +118,12 @@ def _compose(overrides: list[str], experiment: str | None) -> dict:
     words = [word for word in overrides if not word.startswith("recipe=")]
     mesh = [word.partition("=")[2] for word in words if word.startswith("mesh=")]
     if mesh:
-        words += _brought(mesh[-1], set(keys))
+        words += brought(mesh[-1], set(keys))
     config, chosen = _composed(words, overrides)
     if not mesh:  # the experiment's, whose own choices go before what the mesh brings
-        brought = _brought(chosen["mesh"], {*keys, *_set_by(f"experiment/{chosen['experiment']}")})
-        if set(brought) - {f"chip={chosen['chip']}"}:
-            words += brought
+        more = brought(chosen["mesh"], {*keys, *_set_by(f"experiment/{chosen['experiment']}")})
+        if set(more) - {f"chip={chosen['chip']}"}:
+            words += more
             config, chosen = _composed(words, overrides)
     recipe = given[-1] if given else config.get("recipe", NO_RECIPE)
     if recipe != NO_RECIPE:
@@ -151,7 +168,7 @@ def _composed(words: list[str], on_command_line: list[str]) -> tuple[dict, dict]
         raise ConfigError("", _first_line(error.__cause__ or error)) from error
 
 
-def _brought(mesh: str, settled: set[str]) -> list[str]:
+def brought(mesh: str, settled: set[str]) -> list[str]:
     """The overrides that a mesh's file asks for under `brings`, such as `chip=h100`, but for keys already `settled`."""
     brings: dict = {}
     for plain in map(_plain, _bases(f"mesh/{mesh}")):
@@ -176,10 +193,19 @@ def _set_by(name: str) -> set[str]:
     return found
 
 
-def main(job: Callable[[dict], int | None], argv: list[str], prog: str, experiment: str | None = None) -> int:
+def main(
+    job: Callable[[dict], Any],
+    argv: list[str],
+    prog: str,
+    experiment: str | None = None,
+    configure: Callable[[list[str]], dict] | None = None,
+    after: Callable[[list[Job]], None] | None = None,
+) -> int:
     """Composes and runs `job` once per job of the command line; returns the exit status, the worst of a sweep.
 
-    0 done, 1 the run failed, 2 the configuration or input is wrong: one line on stderr.
+    0 done, 1 the run failed, 2 the configuration or input is wrong: one line on stderr. A job returns its status, or
+    something else for `after`, which is given all of them at the end. configure: makes a job's configuration of its
+    overrides; by default they are composed.
     """
     flags = [word for word in argv if word.startswith("-")]
     overrides = [word for word in argv if not word.startswith("-")]
@@ -193,7 +219,7 @@ def main(job: Callable[[dict], int | None], argv: list[str], prog: str, experime
             say(usage(prog, inspect.getdoc(job) or "", CONF, experiment))
             return 0
         jobs = expand(overrides, sweep=bool({"-m", "--multirun"} & set(flags)))
-        configs = [_compose(words, experiment) for words in jobs]
+        configs = [configure(words) if configure else _compose(words, experiment) for words in jobs]
     except ConfigError as error:
         return _refuse(prog, error)
     if "--cfg" in flags:
@@ -201,19 +227,25 @@ def main(job: Callable[[dict], int | None], argv: list[str], prog: str, experime
 
         say("---\n".join(OmegaConf.to_yaml(OmegaConf.create(config)) for config in configs).rstrip())
         return 0
-    worst = 0
+    worst, done = 0, []
     for number, (config, words) in enumerate(zip(configs, jobs, strict=True), start=1):
         if len(jobs) > 1:
             given = " ".join(word.lstrip("+") for word in words)
             print(f"{prog}: job {number} of {len(jobs)}: {given}", file=sys.stderr)
         try:
-            status = job(config) or 0
-        except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-            status = _refuse(prog, error)
+            value, refusal = job(config), ""
+        except REFUSED as error:
+            value, refusal = _refuse(prog, error), one_line(error)
         except KeyboardInterrupt:
             print(f"{prog}: interrupted", file=sys.stderr)
             return 1
-        worst = max(worst, status)
+        worst = max(worst, value if isinstance(value, int) else 0)
+        done.append(Job([word.lstrip("+") for word in words], config, value, refusal))
+    try:
+        if after:
+            after(done)
+    except REFUSED as error:
+        worst = max(worst, _refuse(prog, error))
     return worst
 
 
@@ -225,9 +257,14 @@ def say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _refuse(prog: str, error: Exception) -> int:
+def one_line(error: Exception) -> str:
+    """What is wrong, without a traceback."""
     text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-    print(f"{prog}: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _refuse(prog: str, error: Exception) -> int:
+    print(f"{prog}: {one_line(error)}", file=sys.stderr)
     return 2
 
 
@@ -259,6 +296,8 @@ def load_run_config(path: str | Path) -> dict:
         config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError("", f"{path}: no configuration: {_first_line(error)}") from error
+    if isinstance(config, dict):
+        config = OF_EMULATE | config
     known = known_targets()
     for key, value in _leaves("", config):
         if isinstance(value, str) and "${" in value:

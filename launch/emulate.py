@@ -1,13 +1,14 @@
 """`python -m launch.emulate`: what the emulated machine would have needed, beside the claim.
 
-Loads neither torch nor Ray.
+Loads neither torch nor Ray. With run= the steps and evaluations are those of a finished run.
 """
 
 import json
 import math
 import sys
 
-from launch import compose
+from launch import compose, retime, whatif
+from launch.whatif import Priced
 from train import emulator, records
 from train.emulator_origins import kind
 from train.mesh.origin import Origin
@@ -30,14 +31,17 @@ COUNTS = [8, 64, 512, 1024, 4096, 65_536, 1_048_576]
 """Chips at which explain=true shows the wait for the slowest one."""
 
 
-def emulate(config: dict) -> None:
-    """Prices the run on the emulated machine and prints it beside the claim; writes nothing to disk."""
+def emulate(config: dict) -> Priced:
+    """Prices the run on the emulated machine and prints it beside the claim; writes nothing to disk without out, trace.
+
+    run=FOLDER mesh=...: the time that a finished run, or a published one, would have taken there. With -m a table of
+    all jobs follows; out=FOLDER keeps it with a plot and a CSV, trace=FILE.json shows some steps in Perfetto.
+    """
     published = records.load()
     claim = records.find(published, config["claim"]["record"])
     neighbours = [records.find(published, name) for name in config["claim"]["neighbours"]]
-    precision = None if config["precision"] == "auto" else config["precision"]
-    made = emulator.build(keep_chip_batch(config) if config["scaling"] == "weak" else config, precision=precision)
-    result = {"experiment": config["experiment"], **made.run()}
+    result, made, rows = retime.price(config) if config["run"] else price(config)
+    result = {"experiment": config["experiment"], **result}
     if config["format"] == "json":
         result["claim"] = claimed(claim)
         result["neighbours"] = [claimed(record) for record in neighbours]
@@ -45,10 +49,20 @@ def emulate(config: dict) -> None:
             result["origins"] = [{**origin._asdict(), "kind": kind(origin)} for origin in made.origins()]
             result["expected_max"] = {"chips": COUNTS, **straggler.table(COUNTS)}
         compose.say(json.dumps(result))
-        return
+        return Priced(result, made, rows)
     compose.say(table(result, [claim, *neighbours]))
+    if rows is not None:
+        compose.say("\n" + retime.table(result))
     if config["explain"]:
         compose.say("\n" + explained(made.origins()))
+    return Priced(result, made, rows)
+
+
+def price(config: dict) -> Priced:
+    """The run that the configuration describes."""
+    precision = None if config["precision"] == "auto" else config["precision"]
+    made = emulator.build(keep_chip_batch(config) if config["scaling"] == "weak" else config, precision=precision)
+    return Priced(made.run(), made, None)
 
 
 def explained(origins: list[Origin]) -> str:
@@ -140,7 +154,16 @@ def details(result: dict) -> list[str]:
 
 
 def main() -> int:
-    return compose.main(emulate, sys.argv[1:], "launch.emulate", experiment=EXPERIMENT)
+    return answer(sys.argv[1:])
+
+
+def answer(arguments: list[str]) -> int:
+    """The command; returns its exit status."""
+    return compose.main(emulate, arguments, "launch.emulate", EXPERIMENT, configuration, whatif.finish)
+
+
+def configuration(words: list[str]) -> dict:
+    return retime.configuration(words, EXPERIMENT)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ LONGEST_NAME = 150
 
 HERE = "workers shares threads device backend cluster launch max_steps hang_timeout_s run_root".split()
 """Keys of a continued run that the command line sets: where it computes and how far. All others are the run's own."""
-OF_THE_COMMAND = "run resume checkpoint_every format explain action job".split()
+OF_THE_COMMAND = "run resume checkpoint_every format explain out trace action job".split()
 """Keys that say nothing of what is trained."""
 
 PACKAGES = ("torch", "torchvision", "ray", "hydra-core", "tensorboard", "numpy", "scikit-learn")

@@ -166,8 +166,16 @@ def test_shared_batch_norm_costs_two_sums_a_layer():
     assert gained == pytest.approx(shared.norm_s)
     spans = [build({**record_config(), "bn_span": span}).norm_s for span in (2, 4, 8, 16, 1024)]
     assert spans == sorted(spans)
-    with pytest.raises(ValueError, match="bn_span=12: 12 chips are no whole hosts of 8"):
-        build({**record_config(), "bn_span": 12})
+    for span in (3, 12, 2048):
+        with pytest.raises(ValueError, match=f"bn_span={span}: must divide the 8 chips of a host, or be whole hosts"):
+            build({**record_config(), "bn_span": span})
+    idle = build({**record_config(), "bn_span": 1024, "global_batch_size": 12})
+    assert 0 < idle.norm_s < shared.norm_s * 8
+
+
+def test_efficiency_is_against_a_host_that_sums_its_own_statistics_alone():
+    plain, shared = (build({**record_config(), "bn_span": span}).run() for span in (1, 1024))
+    assert shared["bn_sync_s"] > 0 and shared["scaling_efficiency"] < plain["scaling_efficiency"]
 
 
 def test_a_host_s_input_bounds_the_rate():

@@ -149,7 +149,16 @@ def test_a_run_as_a_job_of_a_ray_head(head: str, tmp_path: Path) -> None:
     facts = Job(tmp_path / "jobs" / "one").facts
     assert (facts["submission_id"], facts["address"], facts["status"]) == ("one", head, "STOPPED")
     settled = [f"run_root={tmp_path}", "run=one", "cluster.address=auto"]
-    assert facts["command"] == ["python", "-m", "launch.run", *SMALL, "seed=1", "epochs=1000", "target_top1=1", *settled]
+    assert facts["command"] == [
+        "python",
+        "-m",
+        "launch.run",
+        *SMALL,
+        "seed=1",
+        "epochs=1000",
+        "target_top1=1",
+        *settled,
+    ]
     assert "# Run one" in (tmp_path / "jobs" / "one" / "log.txt").read_text(), "the log is in the job's folder now"
 
 

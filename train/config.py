@@ -94,13 +94,21 @@ class Config:
     max_steps: int | None = key("stop after so many steps; null: no limit")
 
     run_root: str = key("folder of the run folders")
-    run: str | None = key("name of the run folder; null: <experiment>-<date>-<time>")
+    run: str | None = key(
+        "name of the run folder; null: <experiment>-<date>-<time>; launch.emulate: the folder of a run to re-time"
+    )
     resume: str | None = key("auto: go on with the experiment's newest run; or the name of a run; null: start anew")
     checkpoint_every: float = key("epochs between checkpoints; 0: only at the end")
     hang_timeout_s: float = key("seconds without a sign of life of a worker after which the run fails")
 
     format: Literal["table", "json"] = key("what launch.emulate and launch.verdict print")
     explain: bool = key("print every number that moves the emulated clock, with its origin")
+    out: str | None = key(
+        "launch.emulate: folder for the table, the plot and the CSV, or for the re-timed run; null: write nothing"
+    )
+    trace: str | None = key(
+        "launch.emulate: file.json for the trace of some emulated steps, which opens in Perfetto; null: none"
+    )
     scaling: Literal["strong", "weak"] = key("other mesh sizes keep the global batch (strong) or the chip batch (weak)")
     action: Literal["submit", "status", "logs", "stop", "fetch"] = key("what launch.submit does")
     job: str | None = key("launch.submit: id of the job for every action but submit")

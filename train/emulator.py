@@ -9,6 +9,7 @@ import numpy as np
 from train import emulator_origins, emulator_recipe
 from train.comm.algorithms import halving_doubling
 from train.comm.plan import Plan
+from train.mesh.blocks import hosts_per_block
 from train.mesh.chip import Chip
 from train.mesh.mesh import Mesh
 from train.mesh.origin import Origin
@@ -16,6 +17,7 @@ from train.sim import convergence
 from train.sim import workload as workloads
 from train.sim.calibration import Calibration
 from train.sim.convergence import Epochs
+from train.sim.faults import Fault
 from train.sim.network import AlphaBeta
 from train.sim.run import INTERVAL, RunTime, quantile, run_time
 from train.sim.step import WIRE_BYTES, StepTime, norm_messages, step_time, update_bytes
@@ -54,10 +56,12 @@ class Emulator:
         notes: list[str],
         optimizer: str = "sgd",
         bn_span: int = 1,
+        fault: Fault | None = None,
     ):
         if wire_dtype not in WIRE_BYTES:
             raise ValueError(f"wire_dtype={wire_dtype}: use one of {', '.join(WIRE_BYTES)}")
-        self.mesh = mesh
+        self.fault = fault or Fault()
+        self.mesh = mesh = self.fault.on_mesh(mesh)
         self.chip = chip
         self.workload = workload
         self.network = network
@@ -94,7 +98,8 @@ class Emulator:
         if self.model_error is None:
             self.model_error = network.model_error
         self.update_s = self._update_s()
-        self.norm_s = self._norm_s()
+        hosts_per_block(mesh, bn_span)  # what training refuses has no price either
+        self.norm_s = self._norm_s(self.active_chips)
         self.notes = notes + emulator_origins.notes(self)
 
     def _plan(self, active_chips: int) -> Plan:
@@ -111,18 +116,12 @@ class Emulator:
             self._reduce_s[key] = self.network.seconds(plan, nbytes)
         return self._reduce_s[key]
 
-    def _norm_s(self) -> float:
+    def _norm_s(self, active_chips: int) -> float:
         """What a step's sums of batch-norm statistics take over the chips of one span; nothing without a span."""
-        span = min(self.bn_span, self.active_chips)
+        span, host = min(self.bn_span, active_chips), self.mesh.chips_per_host
         if span == 1:
             return 0.0
-        host = self.mesh.chips_per_host
-        if span > host and span % host:
-            raise ValueError(
-                f"bn_span={self.bn_span}: {span} chips are no whole hosts of {host} on mesh {self.mesh.name}; use a "
-                f"multiple of {host}, or at most {host}"
-            )
-        plan = halving_doubling(self.mesh.first_chips(span))
+        plan = halving_doubling(self.mesh.first_chips(span if span < host else math.ceil(span / host) * host))
         messages = norm_messages(self.workload)
         price = {size: self.network.seconds(plan, size * STATISTIC_BYTES) for size in set(messages)}
         return sum(price[size] for size in messages)
@@ -144,6 +143,10 @@ class Emulator:
         """Of the chips' step times, in standard deviations above their mean."""
         return expected_max(self.calibration.straggler, chips)
 
+    def wait_s(self, images_per_chip: float, chips: int) -> float:
+        """How much later than the mean chip the slowest of `chips` ends its compute, where nothing is broken."""
+        return self.jitter * self.compute_s(images_per_chip) * self.expected_max(chips)
+
     def step(self, global_batch_size: int) -> StepTime:
         """One step; the fullest chip sets the pace, chips without an image stand idle."""
         if global_batch_size < 1:
@@ -152,12 +155,16 @@ class Emulator:
         return self._step(math.ceil(global_batch_size / self.mesh.num_chips), active)
 
     def _step(self, images_per_chip: int, active_chips: int) -> StepTime:
+        return step_time(**self.step_inputs(images_per_chip, active_chips))
+
+    def step_inputs(self, images_per_chip: int, active_chips: int) -> dict:
+        """What `train.sim.step.step_time` is given."""
         compute_s, host_rate = self.compute_s(images_per_chip), self.mesh.host_images_per_s
         host_images = images_per_chip * min(self.mesh.chips_per_host, active_chips)
         inside = min(self.chip.measured_on(self.precision), active_chips)
         if self.chip.measured_hosts(self.precision) == 1:
             inside = min(inside, self.mesh.chips_per_host)
-        return step_time(
+        return dict(
             compute_s=compute_s,
             workload=self.workload,
             bucket_ends=self.chip.bucket_ends,
@@ -165,10 +172,10 @@ class Emulator:
             all_reduce_s=lambda nbytes: self._all_reduce_s(active_chips, nbytes),
             num_chips=active_chips,
             inside_s=(lambda nbytes: self._all_reduce_s(inside, nbytes)) if inside > 1 else None,
-            straggler_s=self.jitter * compute_s * self.expected_max(active_chips),
+            straggler_s=self.fault.straggler_s(compute_s, self.wait_s(images_per_chip, active_chips)),
             overlap=self.calibration.overlap,
             floor_s=self.calibration.launch_floor_s * self.software_factor,
-            norm_s=self.norm_s,
+            norm_s=self.norm_s if active_chips == self.active_chips else self._norm_s(active_chips),
             update_s=self.update_s,
             input_s=host_images / host_rate if host_rate else 0.0,
         )
@@ -210,7 +217,9 @@ class Emulator:
         rate = self.global_batch_size / step.step_s
         per_chip = rate / self.mesh.num_chips
         images = math.ceil(self.global_batch_size / self.mesh.num_chips)
-        host_per_chip = images / self._step(images, min(self.mesh.chips_per_host, self.active_chips)).step_s
+        of_host = min(self.mesh.chips_per_host, self.active_chips)
+        sound = self.step_inputs(images, of_host) | {"straggler_s": self.wait_s(images, of_host)}
+        host_per_chip = images / step_time(**sound).step_s
         return {
             "label": "emulated",
             "time_to_train_s": run.time_to_train_s,
@@ -316,6 +325,7 @@ def build(
         notes=notes,
         optimizer=emulator_recipe.optimizer(config),
         bn_span=config["bn_span"],
+        fault=make(config["faults"]) if config.get("faults") else None,
     )
 
 

@@ -78,14 +78,15 @@ class JsonlSink:
         self._file = open(Path(run_dir) / METRICS_FILE, "a", encoding="utf-8")
 
     def log(self, row: dict) -> None:
-        self._file.write(_line(row))
+        self._file.write(json_line(row))
         self._file.flush()
 
     def close(self, status: str = "done") -> None:
         self._file.close()
 
 
-def _line(row: dict) -> str:
+def json_line(row: dict) -> str:
+    """A row as metrics.jsonl has it."""
     return json.dumps(finite(row), allow_nan=False) + "\n"
 
 
@@ -126,7 +127,7 @@ def truncate(run_dir: str | Path, last_step: int) -> list[dict]:
     """Drop the rows after `last_step` from metrics.jsonl, in one rename, and return those kept."""
     rows = [row for row in read_rows(run_dir) if row["step"] <= last_step]
     if rows or (Path(run_dir) / METRICS_FILE).exists():
-        write_aside(Path(run_dir) / METRICS_FILE, "".join(map(_line, rows)))
+        write_aside(Path(run_dir) / METRICS_FILE, "".join(map(json_line, rows)))
     return rows
 
 

@@ -28,6 +28,12 @@ from train.records import Record, find, load
 
 WIDTH = 100
 
+NOT_TRAINED = {
+    "published.json": "a published result, imported: nothing of it was measured or emulated",
+    "retimed.json": "a run re-timed on another machine: nothing of it was measured",
+}
+"""Files that mark a folder which only looks like a run's."""
+
 
 @dataclass(frozen=True)
 class RunReport:
@@ -57,6 +63,9 @@ def report(run_dirs: list[str | Path], records: list[Record] | None = None) -> R
 
 def _report(run_dir: Path, records: list[Record]) -> RunReport:
     config = _read_config(run_dir)
+    for name, words in NOT_TRAINED.items():
+        if (run_dir / name).exists():
+            raise ValueError(f"{run_dir}: {words}; a report needs a run that was trained here")
     result = _read_json(run_dir / "result.json") or _unfinished(run_dir)
     contract = (_read_json(run_dir / "env.json") or {}).get("contract") or {}
     named = config.get("claim") or {}

@@ -32,28 +32,28 @@ MEASURED_LANES = {
 
 def events(steps: list[dict], evals: list[dict], name: str) -> list[dict]:
     """Trace events of rows of kind step and eval."""
-    found = _process(EMULATED, f"{name}: emulated machine, emulated clock", EMULATED_LANES)
-    found += _process(MEASURED, f"{name}: this machine, measured clock", MEASURED_LANES)
+    found = process_names(EMULATED, f"{name}: emulated machine, emulated clock", EMULATED_LANES)
+    found += process_names(MEASURED, f"{name}: this machine, measured clock", MEASURED_LANES)
     for row in steps:
         args = {"step": row["step"], "epoch": row["epoch"]}
         values = row["values"]
         begin = row["emulated_s"] - values["emulated/step_s"]
         for key in EMULATED_LANES:
             if values.get(key):
-                found.append(_event(EMULATED, EMULATED_LANES, key, begin, values[key], args))
+                found.append(event(EMULATED, EMULATED_LANES, key, begin, values[key], args))
                 begin += values[key]
         end, step_s = row["measured_s"], values["measured/step_s"]
         args = {**args, "loss": values.get("train/loss"), "top1": values.get("train/top1")}
-        found.append(_event(MEASURED, MEASURED_LANES, "measured/step_s", end - step_s, step_s, args))
+        found.append(event(MEASURED, MEASURED_LANES, "measured/step_s", end - step_s, step_s, args))
         if wait := min(values.get("measured/data_wait_s") or 0.0, step_s):
-            found.append(_event(MEASURED, MEASURED_LANES, "measured/data_wait_s", end - step_s, wait, args))
+            found.append(event(MEASURED, MEASURED_LANES, "measured/data_wait_s", end - step_s, wait, args))
         if comm := min(values.get("measured/comm_s") or 0.0, step_s):
-            found.append(_event(MEASURED, MEASURED_LANES, "measured/comm_s", end - comm, comm, args))
+            found.append(event(MEASURED, MEASURED_LANES, "measured/comm_s", end - comm, comm, args))
     for row in evals[-MAX_EVALS:]:
         args = {"step": row["step"], "epoch": row["epoch"], "top1": row["values"]["eval/top1"]}
         for process, lanes, clock in ((EMULATED, EMULATED_LANES, "emulated"), (MEASURED, MEASURED_LANES, "measured")):
             seconds = row["values"][f"{clock}/eval_s"]
-            found.append(_event(process, lanes, f"{clock}/eval_s", row[f"{clock}_s"] - seconds, seconds, args))
+            found.append(event(process, lanes, f"{clock}/eval_s", row[f"{clock}_s"] - seconds, seconds, args))
     return found
 
 
@@ -67,7 +67,8 @@ def dumps(steps: list[dict], evals: list[dict], name: str) -> str:
     return json.dumps(finite(text), allow_nan=False, separators=(",", ":"))
 
 
-def _process(process: int, name: str, lanes: dict[str, str]) -> list[dict]:
+def process_names(process: int, name: str, lanes: dict[str, str]) -> list[dict]:
+    """Metadata that names a process and its lanes (key -> name), in their order."""
     named = [{"ph": "M", "pid": process, "tid": 0, "name": "process_name", "args": {"name": name}}]
     for thread, lane in enumerate(lanes.values(), 1):
         named.append({"ph": "M", "pid": process, "tid": thread, "name": "thread_name", "args": {"name": lane}})
@@ -77,13 +78,17 @@ def _process(process: int, name: str, lanes: dict[str, str]) -> list[dict]:
     return named
 
 
-def _event(process: int, lanes: dict[str, str], key: str, begin_s: float, seconds: float, args: dict) -> dict:
+def event(
+    process: int, lanes: dict[str, str], key: str, begin_s: float, seconds: float, args: dict, name: str = ""
+) -> dict:
+    """A complete event; whole nanoseconds, so that events which follow each other touch and never overlap."""
+    begin = round(1e6 * max(0.0, begin_s), 3)
     return {
         "ph": "X",
         "pid": process,
         "tid": list(lanes).index(key) + 1,
-        "name": lanes[key],
-        "ts": round(1e6 * max(0.0, begin_s), 3),
-        "dur": round(1e6 * seconds, 3),
+        "name": name or lanes[key],
+        "ts": begin,
+        "dur": round(round(1e6 * (max(0.0, begin_s) + seconds), 3) - begin, 3),
         "args": args,
     }

@@ -1,9 +1,11 @@
 """Network models: seconds(plan, nbytes). AlphaBeta is Hockney's closed form (1994): a message costs
 alpha + bytes / bandwidth. Flow, with contention: train.sim.flow."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from train.comm.plan import Plan
+from train.comm.plan import Plan, Round
 from train.mesh.topology import NO_SOURCE, Topology
 from train.sim.calibration import Calibration
 
@@ -29,6 +31,10 @@ class Network:
         """Time of `plan` on a buffer of `nbytes`."""
         raise NotImplementedError
 
+    def rounds(self, plan: Plan, nbytes: float) -> Iterator[tuple[Round, int, np.ndarray]]:
+        """(round, how many cost the same, seconds [transfers]) that `seconds` adds up; none where a model has none."""
+        return iter(())
+
 
 class AlphaBeta(Network):
     """Every transfer runs alone on its route: alpha is the sum over its hops, the bandwidth that of the slowest hop.
@@ -40,11 +46,13 @@ class AlphaBeta(Network):
     name = "alpha_beta"
 
     def seconds(self, plan: Plan, nbytes: float, all_groups: bool = False) -> float:
-        total, chunk_bytes = 0.0, nbytes / plan.num_chunks
+        return float(sum(times * each.max() for _, times, each in self.rounds(plan, nbytes, all_groups)))
+
+    def rounds(self, plan: Plan, nbytes: float, all_groups: bool = False) -> Iterator[tuple[Round, int, np.ndarray]]:
+        chunk_bytes = nbytes / plan.num_chunks
         for turn, times in plan.priced_rounds(all_groups):
             sizes = (turn.last - turn.first) * chunk_bytes
-            total += times * self._transfers_s(plan, turn.source, turn.destination, sizes).max()
-        return float(total)
+            yield turn, times, self._transfers_s(plan, turn.source, turn.destination, sizes)
 
     def _transfers_s(self, plan: Plan, source: np.ndarray, destination: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
         topology = plan.mesh.topology

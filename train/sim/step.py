@@ -56,12 +56,23 @@ def buckets(workload: Workload, ends: Sequence[int]) -> list[Bucket]:
     return [bucket for bucket in made if bucket.parameters]
 
 
-def exposed_s(ready: Sequence[float], durations: Sequence[float], compute_s: float) -> float:
-    """How long the last bucket ends after the compute; `ready` are seconds from the start of the step."""
-    end = 0.0
+def ready_s(cut: Sequence[Bucket], lane_s: float, overlap: float) -> list[float]:
+    """Seconds from the start of the step at which each bucket may start, where the chip is busy for `lane_s`."""
+    return [lane_s - overlap * (lane_s - bucket.ready * lane_s) for bucket in cut]
+
+
+def reduce_ends_s(ready: Sequence[float], durations: Sequence[float]) -> list[float]:
+    """When each bucket's all-reduce ends, one after another, none before it is ready."""
+    ends, end = [], 0.0
     for start, duration in zip(ready, durations, strict=True):
         end = max(end, start) + duration
-    return max(0.0, end - compute_s)
+        ends.append(end)
+    return ends
+
+
+def exposed_s(ready: Sequence[float], durations: Sequence[float], compute_s: float) -> float:
+    """How long the last bucket ends after the compute; `ready` are seconds from the start of the step."""
+    return max(0.0, max(reduce_ends_s(ready, durations), default=0.0) - compute_s)
 
 
 def norm_messages(workload: Workload) -> list[int]:
@@ -106,8 +117,7 @@ def step_time(
     """
     lane = max(compute_s, floor_s)
     cut = buckets(workload, bucket_ends)
-
-    ready = [lane - overlap * (lane - bucket.ready * lane) for bucket in cut]
+    ready = ready_s(cut, lane, overlap)
 
     def exposed_by(reduce_s: Callable[[float], float]) -> float:
         return exposed_s(ready, [reduce_s(bucket.parameters * wire_bytes) for bucket in cut], lane)

@@ -45,4 +45,14 @@ def gumbel(count: int) -> float:
     return math.sqrt(6) / math.pi * math.log(count)
 
 
+def draw(distribution: str, count: int, random: np.random.Generator) -> np.ndarray:
+    """[count] independent numbers of `distribution`, mean 0 and deviation 1."""
+    check_distribution(distribution)
+    if distribution == "normal":
+        return random.standard_normal(count)
+    if distribution == "exponential":
+        return random.standard_exponential(count) - 1
+    return (random.gumbel(size=count) - 0.5772156649015329) * math.sqrt(6) / math.pi
+
+
 MAXIMA = {"normal": normal, "exponential": exponential, "gumbel": gumbel}
