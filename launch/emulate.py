@@ -25,8 +25,6 @@ PARTS = {
     "eval_s": "evaluation",
     "startup_s": "start-up",
 }
-
-
 COUNTS = [8, 64, 512, 1024, 4096, 65_536, 1_048_576]
 """Chips at which explain=true shows the wait for the slowest one."""
 
