@@ -269,8 +269,8 @@ the second and the last third (half_batch, jitter, comm_efficiency, overlap):
 {thirds}
 
 The form of the model and the reading of the texts were chosen with all rows in view; only the constants were not.
-Two readings came after scores had been seen: NHR between hosts whose number is no power of two, and one network card where
-a text gives no number. They moved the 90th percentile of (b) from 26.5 to 23.3 %.
+Two readings came after scores had been seen: NHR between hosts whose number is no power of two, and one network card
+where a text gives no number. They moved the 90th percentile of (b) from 26.5 to 23.3 %.
 
 ## The constants
 
