@@ -10,6 +10,7 @@ import sys
 from launch import compose, retime, whatif
 from launch.whatif import Priced
 from train import emulator, records
+from train.emulator import Emulator
 from train.emulator_origins import kind
 from train.mesh.origin import Origin
 from train.records import Record
@@ -58,9 +59,13 @@ def emulate(config: dict) -> Priced:
 
 def price(config: dict) -> Priced:
     """The run that the configuration describes."""
-    precision = None if config["precision"] == "auto" else config["precision"]
-    made = emulator.build(keep_chip_batch(config) if config["scaling"] == "weak" else config, precision=precision)
+    made = machine(keep_chip_batch(config) if config["scaling"] == "weak" else config)
     return Priced(made.run(), made, None)
+
+
+def machine(config: dict) -> Emulator:
+    """The emulator of a configuration, in the precision that it asks for."""
+    return emulator.build(config, precision=None if config["precision"] == "auto" else config["precision"])
 
 
 def explained(origins: list[Origin]) -> str:

@@ -10,11 +10,11 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from statistics import mean, median
 
 import numpy as np
 
+from launch.compose import CONF
 from train import emulator
 from train.emulator import Emulator
 from train.mesh.chip import Chip
@@ -25,7 +25,6 @@ from train.sim.prediction import NUM_TRAIN, NotModelled, Prediction, chip_of, pr
 from train.sim.prediction_mesh import NEEDED
 from train.sim.run import RunTime
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 VARIANT_ERROR = 0.1
 """Joins the model's error for a chip whose nearest variant was taken: variants of A100 and V100 differ by as much."""
 FAMILIES = ("V100", "A100", "A30", "H100", "H200", "TPU", "Ascend", "Gaudi", "IPU", "Xeon", "P100")

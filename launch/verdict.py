@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 
 from launch import compose
-from launch.emulate import EXPERIMENT, claimed
+from launch.emulate import EXPERIMENT, claimed, machine
 from launch.validation import node
 from launch.verdict_odds import published_runs, with_each_changed
 from launch.verdict_text import Verdict, as_markdown, as_text
-from train import claims, emulator, records
+from train import claims, records
 from train.claims import Facts, Figure
 from train.emulator import Emulator
 from train.metrics import write_aside
-from train.records import Record
+from train.records import EpochTime, Record
 from train.sim.convergence import POINTS
 from train.sim.region import Priced, priced
 
@@ -64,24 +64,15 @@ def judged(config: dict) -> Verdict:
     claim = records.find(published, config["claim"]["record"])
     if not claim.seconds:
         raise ValueError(f"claim.record={claim.id}: has no time to hold against the emulator")
-    precision = None if config["precision"] == "auto" else config["precision"]
-    made = emulator.build(config, precision=precision)
+    made = machine(config)
     run, epochs = priced(made), records.load_epochs()
     result = made.run()
     record_run, record_result = run, result
     if not is_the_record(config, result, by_id[RECORD]):  # the articles speak of their own machine
-        of_record = emulator.build(compose.compose([], EXPERIMENT))
+        of_record = machine(compose.compose([], EXPERIMENT))
         record_run, record_result = priced(of_record), of_record.run()
     articles = load_articles()
-    facts = Facts(
-        records=by_id,
-        epochs=epochs,
-        figures=load_figures(),
-        chips=catalog("chip", articles),
-        meshes=catalog("mesh", articles),
-        recipe={"epochs": list(record_run.epochs_interval)},
-        emulated=record_result,
-    )
+    facts = facts_of(articles, by_id, epochs, record_run.epochs_interval, record_result)
     return Verdict(
         experiment=config["experiment"],
         claim=claim,
@@ -89,7 +80,7 @@ def judged(config: dict) -> Verdict:
         emulated=result,
         run=run,
         odds=run.odds(claim.seconds),
-        changed=with_each_changed(config, claim.seconds),
+        changed=with_each_changed(config, run, claim.seconds),
         needed=[(at, run.needed_rate(at, claim.seconds)) for at in EPOCHS],
         reference=reference_runs(made, run),
         published=published_runs(by_id, epochs, made.num_train),
@@ -140,6 +131,25 @@ def load_figures(path: Path = FIGURES) -> dict[str, Figure]:
             row["id"]: Figure(row["id"], f"figures.{row['id']}", float(row["value"]), row["source"])
             for row in csv.DictReader(file)
         }
+
+
+def facts_of(
+    articles: list[dict],
+    by_id: dict[str, Record],
+    epochs: dict[str, EpochTime],
+    recipe_epochs: tuple[float, float],
+    emulated: dict,
+) -> Facts:
+    """What the articles' claims may name. `emulated` is of the record's experiment."""
+    return Facts(
+        records=by_id,
+        epochs=epochs,
+        figures=load_figures(),
+        chips=catalog("chip", articles),
+        meshes=catalog("mesh", articles),
+        recipe={"epochs": list(recipe_epochs)},
+        emulated=emulated,
+    )
 
 
 def catalog(group: str, articles: list[dict]) -> dict[str, dict]:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from launch.emulate import machine
 from launch.validation import node
-from train import emulator
 from train.records import Record
 from train.sim.region import Priced, priced
 
@@ -110,13 +110,12 @@ def changed(config: dict, changes: dict[str, Any]) -> dict:
 
 
 def price(config: dict) -> Priced:
-    precision = None if config["precision"] == "auto" else config["precision"]
-    return priced(emulator.build(config, precision=precision))
+    return priced(machine(config))
 
 
-def with_each_changed(config: dict, seconds: float) -> list[Odds]:
-    """The odds of `seconds` or less with each assumption changed, the others as they are."""
-    found, plain = [], price(config)
+def with_each_changed(config: dict, plain: Priced, seconds: float) -> list[Odds]:
+    """The odds of `seconds` or less with each assumption changed, the others as they are in `plain`, price(config)."""
+    found = []
     for one in ASSUMPTIONS:
         try:
             run = price(changed(config, one.config)) if one.config else plain

@@ -30,7 +30,8 @@ MOST_INCHES = 300
 """Height of the plot: a row shrinks where there are more than fit."""
 
 CSV_FIELDS = """
-chips active_chips chip mesh global_batch_size wire_dtype collective network epochs steps time_to_train_s step_s
+chips active_chips chip mesh global_batch_size wire_dtype collective network epochs steps time_to_train_s
+interval_low_s interval_high_s step_s
 compute_s exposed_comm_s straggler_s input_s other_s eval_s startup_s images_per_s images_per_s_per_chip
 scaling_efficiency time_to_target_s
 """.split()
@@ -143,14 +144,13 @@ def as_csv(jobs: list[Job]) -> str:
     keys = swept(jobs)
     text = io.StringIO()
     write_row = csv.writer(text, lineterminator="\n").writerow
-    fields = [*CSV_FIELDS[:11], "interval_low_s", "interval_high_s", *CSV_FIELDS[11:]]
-    write_row(["job", *keys, *(f"emulated/{name}" for name in fields), "not_priced"])
+    write_row(["job", *keys, *(f"emulated/{name}" for name in CSV_FIELDS), "not_priced"])
     for number, job in enumerate(jobs, 1):
         values: dict = {}
         if not job.refusal:
             low, high = job.value.result["interval_s"]
             values = job.value.result | {"interval_low_s": low, "interval_high_s": high}
-        row = [values.get(name) for name in fields]
+        row = [values.get(name) for name in CSV_FIELDS]
         write_row([number, *(each[number - 1] for each in keys.values()), *row, job.refusal])
     return text.getvalue()
 

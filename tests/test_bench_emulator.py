@@ -1,6 +1,5 @@
 """The emulator's benchmark: one measurement, what it makes of measurements, and what it refuses."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,16 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from scripts import bench_emulator as bench
+
 ROOT = Path(__file__).resolve().parent.parent
 PATH = ROOT / "scripts" / "bench_emulator.py"
-
-
-@pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("bench_emulator", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def measured(network: str, chips: int, seconds: float, peak_bytes: int = 2**26) -> dict:
@@ -32,7 +25,7 @@ def test_one_measurement_prices_the_largest_mesh_in_a_process_of_its_own():
     assert 0 < result["composing_s"] < result["seconds"] and result["peak_bytes"] < 2**30
 
 
-def test_aims_and_skips_are_said(bench):
+def test_aims_and_skips_are_said():
     rows = [
         {
             "chips": 1024,
@@ -54,11 +47,11 @@ def test_aims_and_skips_are_said(bench):
     assert "| 1,024 | 0.200 (0.100) | 64 MiB | 2.500 (1.250) |" in shown
 
 
-def test_a_failed_measurement_keeps_its_reason(bench):
+def test_a_failed_measurement_keeps_its_reason():
     assert "flaw" in bench.fresh("--one", "flaw", "8")["skipped"]
 
 
-def test_chips_are_whole_hosts(bench, capsys, monkeypatch):
+def test_chips_are_whole_hosts(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_emulator.py", "--chips", "12"])
     with pytest.raises(SystemExit) as left:
         bench.main()

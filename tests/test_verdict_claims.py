@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from launch.compose import CONF
-from launch.verdict import ARTICLES, catalog, load_articles, load_figures
+from launch.verdict import ARTICLES, facts_of, load_articles, load_figures
 from train import claims, records
 from train.claims import CONSISTENT, INCONSISTENT, NOT_TESTABLE, Facts, Figure, admitted, audit, evaluate, judge
 
@@ -98,15 +98,8 @@ BY_HAND = {
 @pytest.fixture(scope="module")
 def audited() -> dict[str, claims.Audited]:
     articles = load_articles()
-    facts = Facts(
-        records=R,
-        epochs=E,
-        figures=load_figures(),
-        chips=catalog("chip", articles),
-        meshes=catalog("mesh", articles),
-        recipe={"epochs": list(EPOCHS)},
-        emulated={"interval_s": list(INTERVAL), "scaling_efficiency": EFFICIENCY},
-    )
+    emulated = {"interval_s": list(INTERVAL), "scaling_efficiency": EFFICIENCY}
+    facts = facts_of(articles, R, E, EPOCHS, emulated)
     return {one.id: one for one in audit(articles, facts)}
 
 

@@ -34,7 +34,7 @@ def config() -> dict:
 
 @pytest.fixture(scope="module")
 def changes(config) -> dict:
-    return {(one.about, one.name): one for one in with_each_changed(config, 59.8)}
+    return {(one.about, one.name): one for one in with_each_changed(config, price(config), 59.8)}
 
 
 def test_a_run_by_hand():
@@ -131,7 +131,7 @@ def test_reference_epochs_are_the_points_own(changes):
 
 def test_what_a_machine_lacks_is_left_out_and_said():
     other = compose(["mesh=dgx_h100", "mesh.axes.host=128", "network=alpha_beta"], EXPERIMENT)
-    left_out = {one.name: one.left_out for one in with_each_changed(other, 59.8) if one.run is None}
+    left_out = {one.name: one.left_out for one in with_each_changed(other, price(other), 59.8) if one.run is None}
     assert "mesh.topology.roce" in left_out["half the rate between hosts"]
     assert "network.calibration" in left_out["links at their full rate"]
     assert "MindSpore 0.2" in left_out["rate of MindSpore 0.2 alone (batch 32)"]

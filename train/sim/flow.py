@@ -4,11 +4,8 @@ The transfers of a round start together; each waits for the latency of its way, 
 progressive filling gives it, until its last byte. A flow that ends leaves its share to the others.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 
-from train.comm.plan import Plan, Round
 from train.mesh.topology import Topology
 from train.sim.network import Network, latency_s
 
@@ -23,16 +20,12 @@ class Flow(Network):
     """
 
     name = "flow"
+    all_groups = True
 
-    def seconds(self, plan: Plan, nbytes: float) -> float:
-        return float(sum(times * each.max() for _, times, each in self.rounds(plan, nbytes)))
-
-    def rounds(self, plan: Plan, nbytes: float) -> Iterator[tuple[Round, int, np.ndarray]]:
-        topology, efficiency = plan.mesh.topology, self.calibration.comm_efficiency
-        chunk_bytes = nbytes / plan.num_chunks
-        for turn, times in plan.priced_rounds(all_groups=True):
-            sizes = (turn.last - turn.first) * chunk_bytes
-            yield turn, times, finish_s(topology, turn.source, turn.destination, sizes, efficiency)
+    def transfers_s(
+        self, topology: Topology, source: np.ndarray, destination: np.ndarray, nbytes: np.ndarray
+    ) -> np.ndarray:
+        return finish_s(topology, source, destination, nbytes, self.calibration.comm_efficiency)
 
 
 def finish_s(

@@ -19,6 +19,8 @@ class Network:
     """
 
     name: str
+    all_groups = False
+    """Whether all groups of a stage are priced together, instead of the first one for all."""
 
     def __init__(self, model_error: float = 0.0, source: str = NO_SOURCE, calibration: Calibration | None = None):
         if not 0 <= model_error < 2:
@@ -27,35 +29,38 @@ class Network:
         self.source = source
         self.calibration = calibration or Calibration()
 
-    def seconds(self, plan: Plan, nbytes: float) -> float:
-        """Time of `plan` on a buffer of `nbytes`."""
-        raise NotImplementedError
+    def seconds(self, plan: Plan, nbytes: float, all_groups: bool | None = None) -> float:
+        """Time of `plan` on a buffer of `nbytes`: a round lasts until its last transfer has ended."""
+        return float(sum(times * each.max() for _, times, each in self.rounds(plan, nbytes, all_groups)))
 
-    def rounds(self, plan: Plan, nbytes: float) -> Iterator[tuple[Round, int, np.ndarray]]:
-        """(round, how many cost the same, seconds [transfers]) that `seconds` adds up; none where a model has none."""
-        return iter(())
+    def rounds(
+        self, plan: Plan, nbytes: float, all_groups: bool | None = None
+    ) -> Iterator[tuple[Round, int, np.ndarray]]:
+        """(round, how many cost the same, seconds [transfers]) that `seconds` adds up; all_groups: not the model's."""
+        chunk_bytes = nbytes / plan.num_chunks
+        for turn, times in plan.priced_rounds(self.all_groups if all_groups is None else all_groups):
+            sizes = (turn.last - turn.first) * chunk_bytes
+            yield turn, times, self.transfers_s(plan.mesh.topology, turn.source, turn.destination, sizes)
+
+    def transfers_s(
+        self, topology: Topology, source: np.ndarray, destination: np.ndarray, nbytes: np.ndarray
+    ) -> np.ndarray:
+        """[transfers]: when each of those that start together at 0 ends, in seconds."""
+        raise NotImplementedError
 
 
 class AlphaBeta(Network):
     """Every transfer runs alone on its route: alpha is the sum over its hops, the bandwidth that of the slowest hop.
 
-    A round lasts as long as its slowest transfer; transfers share no link (a plan that makes them share is
-    underpriced here). All groups of a stage are alike, so the first one is priced.
+    Transfers share no link (a plan that makes them share is underpriced here). All groups of a stage are alike, so the
+    first one is priced.
     """
 
     name = "alpha_beta"
 
-    def seconds(self, plan: Plan, nbytes: float, all_groups: bool = False) -> float:
-        return float(sum(times * each.max() for _, times, each in self.rounds(plan, nbytes, all_groups)))
-
-    def rounds(self, plan: Plan, nbytes: float, all_groups: bool = False) -> Iterator[tuple[Round, int, np.ndarray]]:
-        chunk_bytes = nbytes / plan.num_chunks
-        for turn, times in plan.priced_rounds(all_groups):
-            sizes = (turn.last - turn.first) * chunk_bytes
-            yield turn, times, self._transfers_s(plan, turn.source, turn.destination, sizes)
-
-    def _transfers_s(self, plan: Plan, source: np.ndarray, destination: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
-        topology = plan.mesh.topology
+    def transfers_s(
+        self, topology: Topology, source: np.ndarray, destination: np.ndarray, nbytes: np.ndarray
+    ) -> np.ndarray:
         hops = topology.hops(source, destination)
         beta = np.zeros(len(nbytes))
         for link, count in zip(topology.link_classes, hops, strict=True):

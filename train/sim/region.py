@@ -7,28 +7,19 @@ likely epochs as run's quantiles; nothing is sampled.
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 
 from train.sim.convergence import Epochs
-from train.sim.run import INTERVAL, epoch_grid, num_evaluations, quantile
+from train.sim.run import INTERVAL, Clock, epoch_grid
 
 
-@dataclass(frozen=True)
-class Priced:
-    """What the clock charges a run for. Seconds; `eval_s` of one evaluation. sigma: of ln(time)."""
+@dataclass(frozen=True, kw_only=True)
+class Priced(Clock):
+    """A run's clock, with the batch and the chips that its step is of."""
 
-    step_s: float
-    eval_s: float
-    startup_s: float
-    steps_per_epoch: int
     global_batch_size: int
     chips: int
-    epochs: float | list[float] | Epochs
-    eval_every: float
-    eval_offset: float = 0.0
-    sigma: float = 0.0
 
     @property
     def images_per_s_per_chip(self) -> float:
@@ -38,32 +29,9 @@ class Priced:
     def but(self, **changes) -> "Priced":
         return replace(self, **changes)
 
-    def steps(self, epochs: float) -> int:
-        return math.ceil(epochs * self.steps_per_epoch - 1e-9)
-
-    def besides_steps_s(self, epochs: float) -> float:
-        """Start-up and evaluations of a run of so many epochs."""
-        return self.startup_s + num_evaluations(epochs, self.eval_every, self.eval_offset) * self.eval_s
-
-    def seconds(self, epochs: float) -> float:
-        """A run of so many epochs, without the model's error."""
-        return self.besides_steps_s(epochs) + self.steps(epochs) * self.step_s
-
     @property
     def median_s(self) -> float:
         return self.seconds(epoch_grid(self.epochs)[0])
-
-    @cached_property
-    def times(self) -> np.ndarray:
-        """Equally likely times, without the model's error."""
-        return np.array([self.seconds(epochs) for epochs in epoch_grid(self.epochs)[1]])
-
-    @cached_property
-    def interval_s(self) -> tuple[float, float]:
-        """[5 %, 95 %], as launch.emulate has it."""
-        times = self.times
-        low, high = (quantile(times, self.sigma, q) for q in INTERVAL)
-        return low, high
 
     @property
     def epochs_interval(self) -> tuple[float, float]:
@@ -80,7 +48,7 @@ class Priced:
 
     def needed_rate(self, epochs: float, seconds: float) -> float:
         """Images/s of a chip while training that end a run of so many epochs at `seconds`; inf where nothing can."""
-        left = seconds - self.besides_steps_s(epochs)
+        left = seconds - self.startup_s - self.evaluations(epochs) * self.eval_s
         return self.steps(epochs) * self.global_batch_size / left / self.chips if left > 0 else math.inf
 
 

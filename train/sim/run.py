@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import NormalDist
 
 import numpy as np
@@ -62,6 +63,44 @@ def epoch_grid(epochs: float | list[float] | Epochs) -> tuple[float, np.ndarray]
     return (low + high) / 2, low + (high - low) * shares if high > low else np.array([float(low)])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """What the clock charges a run for. Seconds; `eval_s` of one evaluation. sigma: of ln(time).
+
+    epochs: a number, [low, high] of a uniform distribution, or the reference points' normal one.
+    """
+
+    step_s: float
+    eval_s: float
+    startup_s: float
+    steps_per_epoch: int
+    epochs: float | list[float] | Epochs
+    eval_every: float
+    eval_offset: float = 0.0
+    sigma: float = 0.0
+
+    def steps(self, epochs: float) -> int:
+        return math.ceil(epochs * self.steps_per_epoch - 1e-9)
+
+    def evaluations(self, epochs: float) -> int:
+        return num_evaluations(epochs, self.eval_every, self.eval_offset)
+
+    def seconds(self, epochs: float) -> float:
+        """A run of so many epochs, without the model's error."""
+        return self.startup_s + self.steps(epochs) * self.step_s + self.evaluations(epochs) * self.eval_s
+
+    @cached_property
+    def times(self) -> np.ndarray:
+        """Equally likely times, without the model's error."""
+        return np.array([self.seconds(epochs) for epochs in epoch_grid(self.epochs)[1]])
+
+    @cached_property
+    def interval_s(self) -> tuple[float, float]:
+        """[5 %, 95 %] of time x error, by the midpoint rule over the epochs; nothing is sampled."""
+        low, high = (quantile(self.times, self.sigma, q) for q in INTERVAL)
+        return low, high
+
+
 def run_time(
     step: StepTime,
     eval_s: float,
@@ -72,21 +111,21 @@ def run_time(
     eval_offset: float = 0.0,
     model_error: float = 0.0,
 ) -> RunTime:
-    """epochs: a number, [low, high] of a uniform distribution, or the reference points' normal one. eval_s: of one
-    evaluation. model_error: sigma of a log-normal factor of the time, median 1.
-
-    Quantiles are of the product of the two, by the midpoint rule over the epochs; nothing is sampled.
-    """
+    """Arguments as Clock's. model_error: sigma of a log-normal factor of the time, median 1."""
     median, grid = epoch_grid(epochs)
     if eval_every <= 0:
         raise ValueError(f"eval_every={eval_every} must be above 0")
-
-    def parts(at: float) -> tuple[int, int, float]:
-        steps, evals = math.ceil(at * steps_per_epoch - 1e-9), num_evaluations(at, eval_every, eval_offset)
-        return steps, evals, startup_s + steps * step.step_s + evals * eval_s
-
-    steps, evals, _ = parts(median)
-    times = np.array([parts(at)[2] for at in grid])
+    clock = Clock(
+        step_s=step.step_s,
+        eval_s=eval_s,
+        startup_s=startup_s,
+        steps_per_epoch=steps_per_epoch,
+        epochs=epochs,
+        eval_every=eval_every,
+        eval_offset=eval_offset,
+        sigma=model_error,
+    )
+    steps, evals = clock.steps(median), clock.evaluations(median)
     return RunTime(
         epochs=median,
         steps=steps,
@@ -98,7 +137,7 @@ def run_time(
         other_s=steps * step.other_s,
         eval_s=evals * eval_s,
         startup_s=startup_s,
-        interval_s=tuple(quantile(times, model_error, q) for q in INTERVAL),
+        interval_s=clock.interval_s,
         epochs_interval=tuple(float(np.quantile(grid, q, method="hazen")) for q in INTERVAL),
     )
 
