@@ -15,13 +15,12 @@ from itertools import pairwise  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from launch import compose, run_folder  # noqa: E402
-from launch.cluster import Cluster, join  # noqa: E402
+from launch.cluster import join  # noqa: E402
 from launch.console import Display  # noqa: E402
-from launch.worker_group import Request, WorkerFailed, WorkerGroup, started  # noqa: E402
+from launch.placement import ask, resource_name, wanted_workers  # noqa: E402
+from launch.worker_group import WorkerFailed, WorkerGroup, started  # noqa: E402
 from train.emulator import Emulator, build, check_training  # noqa: E402
 from train.mesh.blocks import blocks  # noqa: E402
-
-CORES_PER_AUTO_WORKER = 2
 
 
 def train(config: dict, started_at: float | None = None) -> int:
@@ -50,44 +49,6 @@ def train(config: dict, started_at: float | None = None) -> int:
     except WorkerFailed as failure:  # before training: there is no run folder that could say so
         print(f"launch.run: {failure}", file=sys.stderr)
         return 1
-
-
-def ask(config: dict, emulated: Emulator, cluster: Cluster) -> tuple[list[Request], str]:
-    """What each worker needs of the cluster, and the device they all compute on. ValueError where it can't be had."""
-    gpus = int(cluster.resources.get("GPU", 0))
-    cores = int(cluster.resources.get("CPU", 0))
-    split = blocks(config, emulated.mesh)
-    workers = wanted_workers(config)
-    if workers is None:
-        usable = gpus if gpus and config["device"] != "cpu" else max(cores // CORES_PER_AUTO_WORKER, 1)
-        workers = min(usable, split.count)
-    device = config["device"]
-    if device == "auto":
-        device = "cuda" if gpus >= workers else "cpu"
-    threads = config["threads"]
-    if threads == "auto":
-        # exact: the count belongs to the contract, so it must not follow the number of workers
-        threads = 1 if config["numerics"] == "exact" and device == "cpu" else max(cores // workers, 1)
-    chips, resource = emulated.mesh.chips_per_host, resource_name(emulated.chip.name)
-    on_gpu = int(device == "cuda")
-    hosts = [range(share.start * split.hosts, share.stop * split.hosts) for share in split.shares(workers)]
-    requests = [Request(mine, len(mine) * chips, resource, threads, on_gpu) for mine in hosts]
-    cluster.demand([request.bundle() for request in requests])
-    return requests, device
-
-
-def wanted_workers(config: dict) -> int | None:
-    """How many workers the configuration asks for; None: as many as the cluster is good for."""
-    if config["workers"] != "auto":
-        return config["workers"]
-    if config["gradient_sum"] == "plan":
-        return 1
-    return None if config["shares"] is None else len(config["shares"])
-
-
-def resource_name(chip: str) -> str:
-    """What a chip is called among Ray's resources: Ascend 910 -> ascend910."""
-    return "".join(c for c in chip.lower() if c.isalnum())
 
 
 def _train(

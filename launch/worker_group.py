@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from launch import worker
+from launch.placement import Request
 
 PLACEMENT_TIMEOUT_S = 60.0
 POLL_S = 0.2
@@ -22,21 +22,6 @@ class WorkerFailed(RuntimeError):
 
 class WorkerDied(WorkerFailed):
     """A worker's process is gone."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What each worker asks of Ray: one bundle. `hosts` are the hosts of the mesh that it carries."""
-
-    hosts: range
-    chips: int
-    resource: str
-    threads: int
-    gpus: int
-
-    def bundle(self) -> dict[str, float]:
-        bundle = {"CPU": self.threads, self.resource: self.chips}
-        return bundle | {"GPU": self.gpus} if self.gpus else bundle
 
 
 class WorkerGroup:
