@@ -1,4 +1,4 @@
-"""What the workers of a run ask of the cluster: how many there are, which hosts of the mesh each carries, on what device.
+"""What the workers of a run ask of the cluster: how many there are, which hosts of the mesh each carries, which device.
 
 Deciding only: nothing here talks to Ray.
 """
