@@ -15,9 +15,10 @@ from itertools import pairwise  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from launch import compose, run_folder  # noqa: E402
-from launch.cluster import join  # noqa: E402
+from launch.cluster import Cluster, exposure, join, settle  # noqa: E402
 from launch.console import Display  # noqa: E402
-from launch.placement import ask, resource_name, wanted_workers  # noqa: E402
+from launch.nodes import examine  # noqa: E402
+from launch.placement import Layout, ask, resource_name, wanted_workers  # noqa: E402
 from launch.worker_group import WorkerFailed, WorkerGroup, started  # noqa: E402
 from train.emulator import Emulator, build, check_training  # noqa: E402
 from train.mesh.blocks import blocks  # noqa: E402
@@ -41,14 +42,27 @@ def train(config: dict, started_at: float | None = None) -> int:
         with join(config["cluster"], chips, _cpus(config)) as cluster:
             marks["Ray"] = time.time()
             signal.signal(signal.SIGTERM, _interrupt)  # Ray has set its own, which would leave no result
-            requests, device = ask(config, emulated, cluster)
-            with started(requests, cluster.loopback) as group:
+            cluster, layout = settle(cluster, config["cluster"], lambda now: ask(config, emulated, now))
+            config = config | {"shares": layout.shares}
+            examine_nodes(config, cluster, layout)
+            with started(layout.requests, cluster.loopback, config["cluster"]["interface"]) as group:
                 marks["worker processes"] = time.time()
-                said = group.prepare(config, checkpoint, device, marks)
+                said = group.prepare(config, checkpoint, layout.device, marks)
                 return _train(config, folder, checkpoint, group, said, marks["command"])
     except WorkerFailed as failure:  # before training: there is no run folder that could say so
         print(f"launch.run: {failure}", file=sys.stderr)
         return 1
+
+
+def examine_nodes(config: dict, cluster: Cluster, layout: Layout) -> None:
+    """Says what is to be known of a joined cluster; ValueError where its nodes can't train together."""
+    if cluster.address is not None and not cluster.loopback:
+        of_one_kind = config["numerics"] == "exact" and layout.device == "cpu"
+        examine(cluster.nodes, Path(config["run_root"]), config["cluster"]["interface"], of_one_kind)
+    if line := exposure(cluster, config["cluster"]):
+        print(f"cluster  {line}")
+    for note in layout.notes:
+        print(f"cluster  {note}")
 
 
 def _train(
@@ -108,7 +122,9 @@ def phases(marks: dict[str, float]) -> dict[str, float]:
 
 
 def _opening(folder: Path, checkpoint: Path | None, contract: dict, facts: dict, group: WorkerGroup) -> str:
-    hosts = "; ".join(f"worker {p['worker']}: hosts {p['hosts'][0]}-{p['hosts'][1]}" for p in group.placement())
+    hosts = "; ".join(
+        f"worker {p['worker']}: hosts {p['hosts'][0]}-{p['hosts'][1]} on {p['address']}" for p in group.placement()
+    )
     resumed = [f"resumed  from {checkpoint.name}, with the run's own recipe"] if checkpoint else []
     lines = [
         f"run      {folder}",

@@ -27,14 +27,18 @@ class WorkerDied(WorkerFailed):
 class WorkerGroup:
     """Ray actors in one placement group, in the order of the mesh."""
 
-    def __init__(self, requests: list[Request], loopback: bool) -> None:
+    def __init__(self, requests: list[Request], loopback: bool, interface: str | None = None) -> None:
         import ray
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         self._ray = ray
         self.requests = requests
-        self._placement = placement_group([request.bundle() for request in requests], strategy="PACK")
+        self._placement = placement_group(
+            [request.bundle() for request in requests],
+            strategy="PACK",
+            bundle_label_selector=[request.labels for request in requests],
+        )
         self.actors: list[Any] = []
         if not self._placement.wait(PLACEMENT_TIMEOUT_S):
             self.close()
@@ -47,19 +51,18 @@ class WorkerGroup:
             actor = worker.remote(
                 request.threads, request.gpus, {request.resource: request.chips}, scheduling_strategy=strategy
             )
-            self.actors.append(actor.remote(request.threads, loopback))
+            self.actors.append(actor.remote(request.threads, loopback, interface))
         self.addresses: list[dict] = self._all("address")
 
     def placement(self) -> list[dict]:
-        """Which hosts of the mesh lie on which node: {worker, hosts, chips, node, pid}."""
+        """Which hosts of the mesh lie on which node: {worker, hosts, chips, node, address, pid}."""
         return [
             {
                 "worker": rank,
                 "hosts": [request.hosts.start, request.hosts.stop - 1],
                 "chips": request.chips,
-                "node": address["node"],
-                "pid": address["pid"],
             }
+            | address
             for rank, (request, address) in enumerate(zip(self.requests, self.addresses, strict=True))
         ]
 
@@ -179,9 +182,9 @@ def _death(text: str) -> str:
 
 
 @contextmanager
-def started(requests: list[Request], loopback: bool) -> Iterator[WorkerGroup]:
+def started(requests: list[Request], loopback: bool, interface: str | None = None) -> Iterator[WorkerGroup]:
     """A worker group that is ended in any case."""
-    group = WorkerGroup(requests, loopback)
+    group = WorkerGroup(requests, loopback, interface)
     try:
         yield group
     finally:
