@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import TypeVar
 
-from launch.nodes import address_of, interface_of
+from launch.nodes import address_of
 
 LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 QUIET = {"logging_level": "ERROR", "log_to_driver": False}
@@ -155,12 +155,9 @@ def settle(cluster: Cluster, settings: dict, decide: Callable[[Cluster], Found])
         cluster = look(cluster.address, settings)
 
 
-def exposure(cluster: Cluster, settings: dict) -> str:
+def exposure(cluster: Cluster, interfaces: set[str]) -> str:
     """Who listens where, said of a cluster that is not on loopback alone."""
-    if cluster.loopback:
-        return ""
-    names = {settings["interface"] or interface_of(node.address) or "an interface not found" for node in cluster.nodes}
-    over = f"workers listen on {', '.join(sorted(names))} alone, Ray on every interface"
+    over = f"workers listen on {', '.join(sorted(interfaces))} alone, Ray on every interface"
     token = "Ray asks for a token"
     if os.environ.get("RAY_AUTH_MODE") != "token":
         token = "WITHOUT a token: who reaches Ray can run programs; start its nodes with RAY_AUTH_MODE=token"

@@ -38,10 +38,11 @@ def look(marker: Path, answer: Path, address: str) -> dict:
     }
 
 
-def examine(nodes: list[Any], run_root: Path, interface: str | None, alike: bool) -> None:
-    """ValueError that names the node which can't take part. `alike`: whether their processors must be.
+def examine(nodes: list[Any], run_root: Path, interface: str | None, alike: bool) -> set[str]:
+    """The names of the interfaces that the nodes' addresses are on; ValueError names a node that can't take part.
 
-    run_root is made where it was missing, for it is what the nodes are asked about; the traces in it are removed.
+    alike: whether their processors must be. run_root is made where it was missing, for it is what the nodes are asked
+    about; the traces in it are removed.
     """
     made = [path for path in (run_root, *run_root.parents) if not path.exists()]
     name = secrets.token_hex(8)
@@ -62,6 +63,7 @@ def examine(nodes: list[Any], run_root: Path, interface: str | None, alike: bool
             for path in made:
                 path.rmdir()
         raise ValueError(problems[0])
+    return {said["interface"] or "an interface not found" for said in facts.values()}
 
 
 def disagreements(facts: dict[str, dict], run_root: Path, interface: str | None, alike: bool) -> list[str]:

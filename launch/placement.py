@@ -103,14 +103,15 @@ def deal(
 ) -> list[tuple[int, int]]:
     """(number of its node, blocks) of each worker, so that they end a step together as nearly as whole blocks allow.
 
-    The workers of a node share its speed, and lie side by side on the mesh. Each goes where it is fastest, each block
-    after a worker's first to the one that will have done it first: for equal blocks no other split ends earlier
-    (Graham's list scheduling on machines of different speeds). Lacking where a node's resources don't go so far.
+    The workers of a node share its speed, and lie side by side on the mesh. Each goes to a node without any, or else
+    where it is fastest; each block after a worker's first to the one that will have done it first: for equal blocks no
+    other split ends earlier (Graham's list scheduling on machines of different speeds). Lacking where a node's
+    resources don't go so far.
     """
     left = [Counter(node.resources) for node in nodes]
     count = [0] * len(nodes)
 
-    def best(needs: Counter, rank: list[float], among: list[int], what: str) -> int:
+    def best(needs: Counter, rank: list, among: list[int], what: str) -> int:
         room = [at for at in among if all(left[at][name] >= amount for name, amount in needs.items())]
         if not room:
             spelt = ", ".join(f"{amount:g} {name}" for name, amount in needs.items() if amount)
@@ -121,7 +122,7 @@ def deal(
 
     everywhere = list(range(len(nodes)))
     for number in range(workers):
-        alone = [speed / (count[at] + 1) for at, speed in enumerate(speeds)]
+        alone = [(count[at] == 0, speed / (count[at] + 1)) for at, speed in enumerate(speeds)]
         count[best(Counter(worker_needs) + Counter(block_needs), alone, everywhere, f"worker {number}")] += 1
     seats = [at for at in everywhere for _ in range(count[at])]
     sizes = [1] * workers

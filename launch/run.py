@@ -55,12 +55,11 @@ def train(config: dict, started_at: float | None = None) -> int:
 
 
 def examine_nodes(config: dict, cluster: Cluster, layout: Layout) -> None:
-    """Says what is to be known of a joined cluster; ValueError where its nodes can't train together."""
-    if cluster.address is not None and not cluster.loopback:
+    """Says what is to be known of a cluster of several machines; ValueError where they can't train together."""
+    if not cluster.loopback:
         of_one_kind = config["numerics"] == "exact" and layout.device == "cpu"
-        examine(cluster.nodes, Path(config["run_root"]), config["cluster"]["interface"], of_one_kind)
-    if line := exposure(cluster, config["cluster"]):
-        print(f"cluster  {line}")
+        interface = config["cluster"]["interface"]
+        print(f"cluster  {exposure(cluster, examine(cluster.nodes, Path(config['run_root']), interface, of_one_kind))}")
     for note in layout.notes:
         print(f"cluster  {note}")
 
