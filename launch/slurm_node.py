@@ -5,6 +5,9 @@ job has a note of its own, so that a requeued one never joins the head of the at
 """
 
 import os
+import shutil
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -56,8 +59,11 @@ def main() -> None:
         f"node     {os.environ['SLURMD_NODENAME']} at {address}: {'head' if head is None else f'joins {head}'}",
         flush=True,
     )
-    sys.stdout.flush()
-    os.execv(start[0], start)
+    ray = subprocess.Popen(start, stdin=subprocess.DEVNULL)
+    signal.signal(signal.SIGTERM, lambda *_: ray.terminate())
+    status = ray.wait()
+    shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
