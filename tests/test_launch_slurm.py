@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from launch_samples import trained_here
+from launch_samples import HOSTILE, fake, trained_here
 from processes import ROOT, environment
 
 from launch import jobs_slurm, nodes, slurm_node, submit
@@ -21,7 +21,6 @@ from scripts.slurm_here import missing, slurm
 from train.config import ConfigError
 
 SMALL = ["model=resnet_cifar20", "data.image_size=8", "chip_batch_size=2", "mesh=atlas900_64", "workers=2"]
-HOSTILE = ["$(touch x)", "`touch x`", "; touch x", "'; touch x '", '"; touch x "', "a\ntouch x", "|touch x", "\\"]
 
 
 @cache
@@ -47,11 +46,6 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
     fake(folder, "sbatch", "echo 7")
     return folder
-
-
-def fake(folder: Path, name: str, does: str) -> None:
-    (folder / name).write_text(f"#!/bin/bash\n{does}\n")
-    (folder / name).chmod(0o755)
 
 
 def test_the_script_asks_for_its_nodes_and_goes_on_when_requeued(fakes, tmp_path):
@@ -204,10 +198,10 @@ def command(cluster: dict[str, str], *words: str, program: str = "launch.submit"
     ours = environment(Path("/tmp")) | cluster
     ours.pop("RAY_TMPDIR")
     call = [sys.executable, "-m", program, *words] if program.startswith("launch") else [program, *words]
-    return subprocess.run(call, cwd=ROOT, env=ours, capture_output=True, text=True, timeout=400)
+    return subprocess.run(call, cwd=ROOT, env=ours, capture_output=True, text=True, timeout=500)
 
 
-def until(holds, what: str, patience_s: float = 180.0) -> None:
+def until(holds, what: str, patience_s: float = 400.0) -> None:
     deadline = time.monotonic() + patience_s
     while not holds():
         assert time.monotonic() < deadline, f"no {what}"
