@@ -23,6 +23,7 @@ from train.config import ConfigError
 from train.metrics import write_aside
 
 PYTHON = "python"
+SHARES_RUN_ROOT = False  # a volume of the pods, which this machine need not see
 WAIT_S = 600
 """For the pods: images are pulled."""
 ATTEMPTS_AFTER_THE_FIRST = 2

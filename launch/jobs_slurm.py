@@ -23,6 +23,7 @@ from train.config import ConfigError
 from train.metrics import write_aside
 
 PYTHON = sys.executable
+SHARES_RUN_ROOT = True  # checked by the run, which looks for its job there
 WAIT_S = 300
 """For the nodes' Ray: the slowest of many."""
 POLL_S = 1.0

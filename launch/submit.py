@@ -44,6 +44,7 @@ def submit(config: dict, words: list[str]) -> int:
     job, kind = Job(run_root / "jobs" / name), KINDS[launch["kind"]]
     if not job.folder.exists():
         settled = [*_resumed(config), *_absolute(config, run_root), f"run={_quoted(name)}", *kind.overrides(config)]
+        settled += [f"job={_quoted(name)}"] if kind.SHARES_RUN_ROOT else []
         words = words_for_run(words, settled)
         run = compose.compose(words)
         assert (run["run_root"], run["run"]) == (str(run_root), name), "an override was not quoted well"
