@@ -45,7 +45,11 @@ class Launch:
 @dataclass(frozen=True)
 class Cluster:
     address: str | None = key("null: start Ray on this machine; auto or host:port: join a running cluster")
-    expose: bool = key("let Ray listen beyond loopback")
+    expose: bool = key("let Ray listen beyond loopback; a cluster of several machines that is joined does anyhow")
+    interface: str | None = key("network interface the nodes talk over where exposed; null: their Ray addresses'")
+    nodes: int | None = key("nodes to wait for; null: as many as carry the workers")
+    wait_s: float = key("seconds to wait for nodes that are missing")
+    labels: dict[str, str] = key("Ray labels of the nodes to use, such as {pool: a}; {}: all")
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Config:
     experiment: str = key("name of the experiment: the chosen file of conf/experiment")
     recipe: str = key("model, optimizer, schedule, batch, epochs and target as published; wins over the experiment's")
     workers: int | Literal["auto"] = key("Ray workers that share the chips; auto: one per GPU, or per two CPU cores")
-    shares: list[int] | None = key("blocks of each worker; null: as equal as can be")
+    shares: list[int] | None = key("blocks of each worker; null: by the nodes' labels speed, or as equal as can be")
     threads: int | Literal["auto"] = key("torch threads per worker; auto: the cores divided by the workers")
     device: Literal["auto", "cpu", "cuda"] = key("where the workers compute; auto: cuda where there is one")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = key("dtype of the real computation; auto: the fastest here")
@@ -140,6 +144,8 @@ class Config:
             _demand(self, name, lambda value: value >= 0, "must not be negative")
         for name in ("clip_norm", "loss_scale"):
             _demand(self, name, lambda value: isinstance(value, str) or value > 0, "must be above 0")
+        _demand(self.cluster, "nodes", lambda value: value >= 1, "must be at least 1", "cluster.")
+        _demand(self.cluster, "wait_s", lambda value: value >= 0, "must not be negative", "cluster.")
         _demand(self, "ema_decay", lambda value: 0 < value < 1, "must be above 0 and below 1")
         _demand(self, "label_smoothing", lambda value: 0 <= value < 1, "must be at least 0 and below 1")
 
@@ -157,10 +163,10 @@ class Config:
             raise ConfigError("global_batch_size", f"{total} is no multiple of chip_batch_size={chip}: set one to null")
 
 
-def _demand(config: Config, name: str, holds: Any, remedy: str) -> None:
+def _demand(config: Any, name: str, holds: Any, remedy: str, prefix: str = "") -> None:
     value = getattr(config, name)
     if value is not None and not holds(value):
-        raise ConfigError(name, f"{show(value)} {remedy}")
+        raise ConfigError(prefix + name, f"{show(value)} {remedy}")
 
 
 def _typed(cls: type, values: Any, prefix: str) -> dict:
