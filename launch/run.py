@@ -19,6 +19,7 @@ from launch.cluster import Cluster, join  # noqa: E402
 from launch.console import Display  # noqa: E402
 from launch.worker_group import Request, WorkerFailed, WorkerGroup, started  # noqa: E402
 from train.emulator import Emulator, build, check_training  # noqa: E402
+from train.emulator_faults import of_training  # noqa: E402
 from train.mesh.blocks import blocks  # noqa: E402
 
 CORES_PER_AUTO_WORKER = 2
@@ -172,6 +173,7 @@ def emulated_machine(config: dict) -> Emulator:
 
     check_training(config)
     machine = build(config)
+    of_training(machine, config)
     blocks(config, machine.mesh)
     records = load()
     for record in (config["claim"]["record"], *config["claim"]["neighbours"]):

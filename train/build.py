@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from train import checkpoint, emulator
+from train import checkpoint, emulator, emulator_faults
 from train.callbacks import Callback, MetricsCallback, MLPerfCallback, ProgressCallback, TraceCallback
 from train.comm.aggregation import Aggregator, SumAggregator, TreeAggregator
 from train.comm.wire import PlanAggregator
@@ -97,6 +97,7 @@ class Worker:
         )
         context.marks["group"] = time()
         global_batch_size = self.order.global_batch_size
+        toll = emulator_faults.of_training(self.emulator, config)
         self.trainer = Trainer(
             model=self.model,
             source=self.source,
@@ -120,6 +121,7 @@ class Worker:
                 self.emulator.step(global_batch_size),
                 self.emulator.eval_s(len(self.source.eval)),
                 self.emulator.startup_s,
+                toll,
             ),
             limits=Limits(
                 epochs=epochs,
@@ -132,6 +134,7 @@ class Worker:
             precision=self.precision,
             label_smoothing=config["label_smoothing"],
             device=self.device,
+            timeline=toll.timeline if toll else None,
         )
         self.progress_callback = ProgressCallback()
 
@@ -242,8 +245,10 @@ class Worker:
         return [first_step, MetricsCallback(sinks), self.progress_callback, MLPerfCallback(), TraceCallback()]
 
     def _result(self, status: str) -> dict:
-        progress = self.trainer.progress
+        progress, toll = self.trainer.progress, self.trainer.clock.toll
         images = progress.step * self.order.global_batch_size
+        if toll:
+            images = self.chip_batch_size * toll.chip_steps(progress.step)
         return {
             "status": status,
             "top1": progress.top1,
@@ -257,6 +262,8 @@ class Worker:
             "emulated_s": self.trainer.clock.seconds,
             "emulated_interval_s": list(self.emulator.interval_s(self.trainer.clock.seconds)),
             "peak_memory_bytes": peak_memory_bytes(self.device),
+            "images": images,
+            **({"faults": toll.report(progress.step)} if toll else {}),
             "images_per_s": images / progress.measured_s if progress.measured_s else None,
             "weights_sha256": checkpoint.weights_sha256(self.model) if status != "failed" else None,
             "first_step_marks": self.context.marks,
@@ -308,6 +315,7 @@ class Worker:
         plan = {"wire_dtype": config["wire_dtype"], "collective": self.emulator.plan.name}
         return (
             (exact if config["numerics"] == "exact" else {})
+            | ({"faults": config["faults"]} if config["faults"] else {})
             | (plan if config["gradient_sum"] == "plan" else {})
             | {
                 "numerics": config["numerics"],

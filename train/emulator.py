@@ -169,7 +169,7 @@ class Emulator:
         return step_time(**self.step_inputs(images_per_chip, active_chips, self.standing.slowdown))
 
     def step_inputs(self, images_per_chip: int, active_chips: int, slowdown: float = 1.0) -> dict:
-        """What `train.sim.step.step_time` is given, where one chip computes `slowdown` times as long as the mean one."""
+        """What `train.sim.step.step_time` is given, where one chip computes `slowdown` times as long as the mean."""
         compute_s, host_rate = self.compute_s(images_per_chip), self.mesh.host_images_per_s
         host_images = images_per_chip * min(self.mesh.chips_per_host, active_chips)
         inside = min(self.chip.measured_on(self.precision), active_chips)

@@ -7,8 +7,6 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from train.sim.faults import Condition, slowed
 from train.sim.run import INTERVAL, Clock, RunTime, epoch_grid, quantile
 from train.sim.step import StepTime, step_time
@@ -64,6 +62,33 @@ def toll(made: Emulator, steps: int, seed: int | None = None) -> Toll:
     return Toll(timeline(made, steps, seed), lambda state: price(made, state))
 
 
+def of_training(made: Emulator, config: dict) -> Toll | None:
+    """That of a training run; None without faults. ValueError for what can be priced but not trained."""
+    if not made.faults:
+        return None
+    epochs = config["epochs"][-1] if isinstance(config["epochs"], list) else config["epochs"]
+    steps = math.ceil(epochs * made.steps_per_epoch - 1e-9)
+    found = toll(made, steps if config["max_steps"] is None else min(steps, config["max_steps"]))
+    span = config["bn_span"]
+    for state in found.timeline.spans:
+        cut = [group for group in {chip // span for chip in state.lost} if not _whole(group, span, state.lost)]
+        if cut:
+            raise ValueError(
+                f"faults: chip {min(state.lost)} is lost in step {state.first}, and bn_span={span} chips share their "
+                "batch-norm statistics; lose whole spans (faults=lost_host), use faults.recovery=spare, or bn_span=1"
+            )
+        if config["bn_rule"] == "chip_0" and 0 in state.lost:
+            raise ValueError(
+                f"faults: chip 0 is lost in step {state.first}, and bn_rule=chip_0 evaluates with its statistics; use "
+                "bn_rule=mean, or lose another chip"
+            )
+    return found
+
+
+def _whole(group: int, span: int, lost: frozenset[int]) -> bool:
+    return lost.issuperset(range(group * span, (group + 1) * span))
+
+
 def disturbed(made: Emulator, run: RunTime) -> tuple[RunTime, dict]:
     """The run with the machine's faults, and what is to be told of them.
 
@@ -94,13 +119,14 @@ def disturbed(made: Emulator, run: RunTime) -> tuple[RunTime, dict]:
 
 
 def _expected(made: Emulator, steps: int) -> dict[str, float]:
-    """Events, and what they cost, of a mean run: exact for the first, to first order (no two events meet) for the second."""
+    """Events of a mean run, and what they cost, the latter to first order: no two of them meet."""
     pace, events, cost_s = timeline(made, steps).pace, 0.0, 0.0
     for fault in made.faults:
         if fault.random:
             number = steps * chance(fault, pace)
             moments = [1 + steps * (2 * part + 1) // (2 * MOMENTS) for part in range(MOMENTS)]
             single = [replace(fault, at_steps=moment, per_step=None, per_chip_hour=None) for moment in moments]
-            costs = [Toll(Timeline([one], pace, steps), lambda state: price(made, state)).cost_s(steps) for one in single]
+            tolls = [Toll(Timeline([one], pace, steps), lambda state: price(made, state)) for one in single]
+            costs = [one.cost_s(steps) for one in tolls]
             events, cost_s = events + number, cost_s + number * sum(costs) / MOMENTS
     return {"expected_events": events, "expected_cost_s": cost_s}

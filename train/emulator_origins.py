@@ -130,6 +130,7 @@ def notes(made: Emulator) -> list[str]:
     if len(sources) > 1 and "software" not in anchors[0]:
         found.append(f"rates of {chip.name} come from different software: " + "; ".join(sources))
     found += _software(made) + _contention(made)
+    found += [f"fault: {fault.name}, {fault.when()}: {fault.words()}" for fault in made.faults]
     for origin in origins(made):
         if origin.origin.startswith("assumed"):
             value = f"{origin.value:g}" if isinstance(origin.value, (int, float)) else origin.value

@@ -61,7 +61,8 @@ class Fault:
         for name, most in (("per_step", 1.0), ("per_chip_hour", math.inf)):
             rate = getattr(self, name)
             if rate is not None and not 0 <= rate <= most:
-                raise ValueError(f"faults.{name}={rate}: {self.name} needs a rate of at least 0, a probability at most 1")
+                least = "at least 0" if most > 1 else "from 0 to 1"
+                raise ValueError(f"faults.{name}={rate}: {self.name} needs a rate {least}")
 
     @property
     def random(self) -> bool:
@@ -115,6 +116,17 @@ class Fault:
     def words(self) -> str:
         """What happens, for a report."""
         return self.name
+
+    def when(self) -> str:
+        """When it strikes, for a note."""
+        if self.per_step is not None:
+            return f"with probability {self.per_step:g} a step"
+        if self.per_chip_hour is not None:
+            return f"{self.per_chip_hour:g} times a chip and hour"
+        for words, values in (("step", self.at_steps), ("epoch", self.at_epochs), ("emulated second", self.at_s)):
+            if values is not None:
+                return f"at {words} " + ", ".join(f"{value:g}" for value in _list(values))
+        return "from the first step on"
 
     def origins(self) -> list[Origin]:
         return []
@@ -299,7 +311,7 @@ class FlippedBit(Fault):
 
 @dataclass(frozen=True)
 class StaleBatchNorm(Fault):
-    """A chip's running statistics stand still for `for_steps` steps; it computes and trains as ever. chip: null: drawn."""
+    """A chip's running statistics stand still for `for_steps` steps; it trains as ever. chip: null: drawn."""
 
     chip: int | None = None
     for_steps: int | None = None
@@ -344,7 +356,7 @@ def condition(faults: Sequence[Fault], lost: int = 0) -> Condition:
 
 
 def slowed(mesh: Mesh, links: Sequence[tuple[str | None, float]]) -> Mesh:
-    """The mesh with slow links, see SlowLink; several on one class: the slowest counts. ValueError for no such class."""
+    """The mesh with slow links, see SlowLink; of several on one class the slowest counts. ValueError: no such class."""
     classes = mesh.topology.link_classes
     names = [link.name for link in classes]
     slowest = min(reversed(classes), key=lambda link: link.bytes_per_s).name
