@@ -24,9 +24,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Of runs and of jobs: names folders and stands on command lines, so nothing in it may need care."""
 LONGEST_NAME = 150
 
-HERE = "workers shares threads device backend cluster launch max_steps hang_timeout_s run_root".split()
+HERE = """workers shares threads device backend cluster launch max_steps run_root checkpoints_kept hang_timeout_s
+max_restarts min_workers replacement_wait_s""".split()
 """Keys of a continued run that the command line sets: where it computes and how far. All others are the run's own."""
-OF_THE_COMMAND = "run resume checkpoint_every format explain out trace action job".split()
+OF_THE_COMMAND = "run resume checkpoint_steps checkpoint_s format explain out trace action job".split()
 """Keys that say nothing of what is trained."""
 
 PACKAGES = ("torch", "torchvision", "ray", "hydra-core", "tensorboard", "numpy", "scikit-learn")

@@ -7,16 +7,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from launch.nodes import interface_of
+
 
 class WorkerActor:
     """One worker process. Methods run in several threads, so that `progress` and `stop` answer during `train`."""
 
-    def __init__(self, threads: int, loopback: bool) -> None:
+    def __init__(self, threads: int, loopback: bool, interface: str | None = None) -> None:
+        import ray
+
         # before torch is imported: thread pools and gloo's choice of an interface are fixed at import and at connect
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        if loopback:
-            os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
-        self._threads, self._loopback = threads, loopback
+        self._host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
+        interface = "lo" if loopback else interface or interface_of(self._host)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
+        self._threads = threads
         self._worker: Any = None
         self._listener: socket.socket | None = None
 
@@ -24,17 +30,14 @@ class WorkerActor:
         """Where this worker runs."""
         import ray
 
-        return {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
+        return {"node": ray.get_runtime_context().get_node_id(), "address": self._host, "pid": os.getpid()}
 
     def offer_store(self) -> tuple[str, int]:
         """Host and port of the group's store, which this worker will hold; only rank 0 is asked."""
-        import ray
-
-        host = "127.0.0.1" if self._loopback else ray.util.get_node_ip_address()
-        self._listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-        self._listener.bind((host, 0))
+        self._listener = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET)
+        self._listener.bind((self._host, 0))
         self._listener.listen()
-        return host, self._listener.getsockname()[1]
+        return self._host, self._listener.getsockname()[1]
 
     def prepare(
         self,

@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from launch import worker
+from launch.placement import Request
 
 PLACEMENT_TIMEOUT_S = 60.0
 POLL_S = 0.2
@@ -24,32 +24,21 @@ class WorkerDied(WorkerFailed):
     """A worker's process is gone."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """What each worker asks of Ray: one bundle. `hosts` are the hosts of the mesh that it carries."""
-
-    hosts: range
-    chips: int
-    resource: str
-    threads: int
-    gpus: int
-
-    def bundle(self) -> dict[str, float]:
-        bundle = {"CPU": self.threads, self.resource: self.chips}
-        return bundle | {"GPU": self.gpus} if self.gpus else bundle
-
-
 class WorkerGroup:
     """Ray actors in one placement group, in the order of the mesh."""
 
-    def __init__(self, requests: list[Request], loopback: bool) -> None:
+    def __init__(self, requests: list[Request], loopback: bool, interface: str | None = None) -> None:
         import ray
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         self._ray = ray
         self.requests = requests
-        self._placement = placement_group([request.bundle() for request in requests], strategy="PACK")
+        self._placement = placement_group(
+            [request.bundle() for request in requests],
+            strategy="PACK",
+            bundle_label_selector=[request.labels for request in requests],
+        )
         self.actors: list[Any] = []
         if not self._placement.wait(PLACEMENT_TIMEOUT_S):
             self.close()
@@ -62,19 +51,18 @@ class WorkerGroup:
             actor = worker.remote(
                 request.threads, request.gpus, {request.resource: request.chips}, scheduling_strategy=strategy
             )
-            self.actors.append(actor.remote(request.threads, loopback))
+            self.actors.append(actor.remote(request.threads, loopback, interface))
         self.addresses: list[dict] = self._all("address")
 
     def placement(self) -> list[dict]:
-        """Which hosts of the mesh lie on which node: {worker, hosts, chips, node, pid}."""
+        """Which hosts of the mesh lie on which node: {worker, hosts, chips, node, address, pid}."""
         return [
             {
                 "worker": rank,
                 "hosts": [request.hosts.start, request.hosts.stop - 1],
                 "chips": request.chips,
-                "node": address["node"],
-                "pid": address["pid"],
             }
+            | address
             for rank, (request, address) in enumerate(zip(self.requests, self.addresses, strict=True))
         ]
 
@@ -194,9 +182,9 @@ def _death(text: str) -> str:
 
 
 @contextmanager
-def started(requests: list[Request], loopback: bool) -> Iterator[WorkerGroup]:
+def started(requests: list[Request], loopback: bool, interface: str | None = None) -> Iterator[WorkerGroup]:
     """A worker group that is ended in any case."""
-    group = WorkerGroup(requests, loopback)
+    group = WorkerGroup(requests, loopback, interface)
     try:
         yield group
     finally:

@@ -28,7 +28,7 @@ PACE = Pace(
     eval_s=4.0,
     eval_every=1,
     eval_offset=0,
-    checkpoint_every=0,
+    checkpoint_steps=None,
 )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train import mlperf_log, trace
+from train.checkpoint_files import check_fence
 from train.metrics import Sink, eval_row, read_rows, step_row, write_aside
 
 
@@ -23,6 +24,16 @@ class Callback:
     def on_eval(self, record) -> None: ...
 
     def on_end(self, result: dict) -> None: ...
+
+
+class FenceCallback(Callback):
+    """Ends this worker with Fenced once another writer has taken the run over."""
+
+    def __init__(self, attempt: Path) -> None:
+        self._attempt = attempt
+
+    def on_step(self, record) -> None:
+        check_fence(self._attempt)
 
 
 class MetricsCallback(Callback):

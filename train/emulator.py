@@ -58,11 +58,11 @@ class Emulator:
         bn_span: int = 1,
         faults: Sequence[Fault] = (),
         seed: int = 0,
-        checkpoint_every: float = 0.0,
+        checkpoint_steps: int | None = None,
     ):
         if wire_dtype not in WIRE_BYTES:
             raise ValueError(f"wire_dtype={wire_dtype}: use one of {', '.join(WIRE_BYTES)}")
-        self.faults, self.seed, self.checkpoint_every = faults, seed, checkpoint_every
+        self.faults, self.seed, self.checkpoint_steps = faults, seed, checkpoint_steps
         slowed(mesh, [fault.slow_link for fault in faults if fault.slow_link])  # links that it has not are told at once
         self.standing = condition([fault for fault in faults if fault.stands])
         self.prices: dict[Condition, StepTime] = {}
@@ -340,7 +340,7 @@ def build(
         bn_span=config["bn_span"],
         faults=each(make(config["faults"]) if config.get("faults") else None),
         seed=config.get("seed", 0),
-        checkpoint_every=config.get("checkpoint_every", 0.0),
+        checkpoint_steps=config.get("checkpoint_steps"),
     )
 
 

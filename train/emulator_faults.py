@@ -52,7 +52,7 @@ def timeline(made: Emulator, steps: int, seed: int | None = None) -> Timeline:
         eval_s=made.eval_s(made.num_eval),
         eval_every=made.eval_every,
         eval_offset=made.eval_offset,
-        checkpoint_every=made.checkpoint_every,
+        checkpoint_steps=made.checkpoint_steps,
     )
     return Timeline(made.faults, pace, steps)
 

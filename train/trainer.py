@@ -3,14 +3,19 @@
 A worker holds consecutive chips of the mesh. It goes through them in passes; every pass hands the gradients of its
 chips' own mean losses to the aggregator. Their sum over all chips of all workers, divided by the number of chips, is
 what the optimizer steps with, as data parallelism computes it.
+
+Which chips those are, and with whom they are summed, may change at any step boundary (`take`): the rest of a trainer's
+state is the same on all workers. An operation that a dead worker breaks raises PeerLost and leaves that state as it was
+after the last finished step or evaluation.
 """
 
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from train.comm.aggregation import Aggregator
+from train.comm.backup import Backup
 from train.comm.groups import Group
 from train.data.loader import Prefetcher
 from train.data.order import Order, eval_batches
@@ -27,48 +33,12 @@ from train.models.chip_norm import ChipPass, chip_moments, evaluation_moments
 from train.models.damage import Damage, frozen_statistics, without
 from train.optim.update import DivergedError, WeightUpdate
 from train.precision import Precision
+from train.progress import EvalRecord, Limits, Progress, StepRecord, Wish, as_record
 from train.sim.clock import EmulatedClock
-from train.sim.step import StepTime
 from train.sim.timeline import Timeline
 
+NUM_RECENT = 4  # records that a worker keeps for whoever writes them down in place of one that died
 EVAL_BATCH_SIZE = 64  # fixed, so that the images of an evaluation are computed alike on any number of workers
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One finished training step, over all chips. Both clocks in seconds, as they stand after the step."""
-
-    step: int
-    epoch: float
-    loss: float
-    top1: float
-    learning_rate: float
-    grad_norm: float
-    images: int
-    step_s: float
-    data_wait_s: float
-    comm_s: float
-    measured_s: float
-    emulated_s: float
-    emulated: StepTime
-    loss_scale: float | None = None  # of this step; None where none is applied
-    skipped_steps: int | None = None  # so far, this one included
-    faults: dict[str, float] = field(default_factory=dict)  # tag -> number so far, of an emulated machine with faults
-
-
-@dataclass(frozen=True)
-class EvalRecord:
-    """One evaluation over the held-out images. Both clocks in seconds, as they stand after it."""
-
-    step: int
-    epoch: float
-    top1: float
-    loss: float
-    images: int
-    seconds: float
-    emulated_eval_s: float
-    measured_s: float
-    emulated_s: float
 
 
 class Callback(Protocol):
@@ -80,31 +50,20 @@ class Callback(Protocol):
 
 
 @dataclass(frozen=True)
-class Limits:
-    """When the run evaluates, saves and stops. Epochs are counted in steps / steps per epoch."""
+class Part:
+    """A worker's part of the mesh, and how what it computes meets the other workers'."""
 
-    epochs: float
-    target_top1: float
-    eval_every: float
-    eval_offset: float
-    checkpoint_every: float
-    max_steps: int | None
-
-
-@dataclass
-class Progress:
-    """Where the run stands; the part of a checkpoint that is neither weights nor statistics."""
-
-    step: int = 0
-    measured_s: float = 0.0
-    top1: float | None = None
-    eval_loss: float | None = None
-    reached: bool = False
-    evaluated_at: int = -1
+    group: Group
+    gradients: Aggregator
+    statistics: Aggregator
+    backup: Backup | None
+    """None where nobody could keep anything twice."""
+    passes: list[ChipPass]
+    """Of its chips, counted from its first one, whose number is `passes[0].first` of the mesh."""
 
 
 class Trainer:
-    """One worker's part of a run; every worker makes one and calls `train`."""
+    """One worker's side of a run; every worker makes one, is given its `Part`, and calls `train`."""
 
     def __init__(
         self,
@@ -114,65 +73,76 @@ class Trainer:
         order: Order,
         update: WeightUpdate,
         schedule: Callable[[float], float],
-        gradients: Aggregator,
-        statistics: Aggregator,
         bn_rule: str,
-        group: Group,
-        passes: list[ChipPass],
         chips_per_block: int,
         clock: EmulatedClock,
         limits: Limits,
         precision: Precision,
         label_smoothing: float,
         device: str,
+        wishes: dict[Wish, threading.Event] | None = None,
         timeline: Timeline | None = None,
     ) -> None:
-        """`passes`: this worker's chips, counted from its first one, whose number is `passes[0].first` of the mesh.
+        """`wishes`: what this worker asks of all; other threads may set them at any time.
 
         `timeline`: of the faults of the emulated machine, as far as the arithmetic feels them.
         """
         self.model, self.source, self.order = model, source, order
         self.update, self.schedule = update, schedule
-        self.gradients, self.statistics, self.group = gradients, statistics, group
-        self.bn_rule = bn_rule
-        self.passes, self.chips_per_block = passes, chips_per_block
-        self.first_chip = passes[0].first
-        self.chips = range(self.first_chip, passes[-1].first + passes[-1].count)
-        self.damage = Damage(timeline, model, passes[0].span)
-        self.clock, self.limits, self.precision = clock, limits, precision
+        self.bn_rule, self.chips_per_block = bn_rule, chips_per_block
+        self.clock, self.limits, self.precision, self.timeline = clock, limits, precision, timeline
         self.label_smoothing, self.device = label_smoothing, device
         self.parameters = list(model.parameters())
         self.progress = Progress()
-        self.stop_requested = threading.Event()
-        self._agreed_to_stop = False
+        self.recent: deque[StepRecord | EvalRecord] = deque(maxlen=NUM_RECENT)
+        self.wishes = wishes or {wish: threading.Event() for wish in Wish}
+        self._granted: set[Wish] = set()
+        self._saved_at = (-1, time.monotonic())  # step, and when
         self._started_at = 0.0
+
+    def take(self, part: Part) -> None:
+        """Compute this part from now on; the model has room for its chips' statistics."""
+        self.group, self.gradients, self.statistics = part.group, part.gradients, part.statistics
+        self.backup, self.passes, self.first_chip = part.backup, part.passes, part.passes[0].first
+        self.damage = Damage(self.timeline, self.model, part.passes)
 
     @property
     def total_steps(self) -> int:
         steps = math.ceil(self.limits.epochs * self.order.steps_per_epoch - 1e-9)
         return steps if self.limits.max_steps is None else min(steps, self.limits.max_steps)
 
-    def train(self, callbacks: list[Callback], save: Callable[[Progress], None]) -> Progress:
-        """Train to the target, the last epoch or a requested stop; every worker calls `save` at the same steps."""
+    @property
+    def finished(self) -> bool:
+        return self.progress.reached or self.progress.step >= self.total_steps
+
+    def train(self, callbacks: list[Callback], save: Callable[[Progress], None]) -> set[Wish]:
+        """Train to the target, the last epoch or a granted wish; every worker calls `save` at the same steps.
+
+        Returns the wishes granted by all after the last step; after PAUSE alone the training may be gone on with.
+        """
         progress = self.progress
         self._started_at = time.perf_counter() - progress.measured_s
+        self._granted = set()
         with Prefetcher(self.source.train, self._batches(), seed=self.order.seed, depth=2) as loader:
             while True:
                 due = self._due(self.limits.eval_every, self.limits.eval_offset)
                 if due and progress.evaluated_at != progress.step:
-                    record = self.evaluate()
+                    self.recent.append(record := self.evaluate())
                     for callback in callbacks:
                         callback.on_eval(record)
-                if progress.step and self._due(self.limits.checkpoint_every, 0.0):
+                ends = self.finished or Wish.STOP in self._granted
+                if (ends or self._save_due()) and progress.step != self._saved_at[0]:
                     save(progress)
-                if progress.reached or self._agreed_to_stop or progress.step >= self.total_steps:
-                    break
-                record = self._step(loader)
+                    self._saved_at = progress.step, time.monotonic()
+                if ends or Wish.PAUSE in self._granted:
+                    return self._granted
+                self.recent.append(record := self._step(loader))
                 for callback in callbacks:
                     callback.on_step(record)
-        if not self._due(self.limits.checkpoint_every, 0.0):
-            save(progress)
-        return progress
+
+    def _save_due(self) -> bool:
+        every = self.limits.checkpoint_steps
+        return Wish.SAVE in self._granted or bool(every and self.progress.step and self.progress.step % every == 0)
 
     def evaluate(self) -> EvalRecord:
         """Top-1 accuracy and loss over the held-out images, each counted once, of the averaged weights if there are."""
@@ -229,8 +199,7 @@ class Trainer:
             for mean, part in zip(evaluated, own.split([len(mean) for mean in evaluated]), strict=True):
                 mean.copy_(part)
             return
-        lost = self.damage.lost_groups(self.progress.step)
-        span = self.passes[0].span
+        span, lost = self.passes[0].span, self.damage.lost_groups(self.progress.step)
         rows_per_block, first_row = self.chips_per_block // span, self.first_chip // span
         for i in range(len(moments[0]) // rows_per_block):
             rows = slice(i * rows_per_block, (i + 1) * rows_per_block)
@@ -246,16 +215,33 @@ class Trainer:
         """The chips' running moments, then their averages if any: tensors of [groups, channels] (not copies)."""
         return chip_moments(self.model) + (self.update.averages.chip_moments if self.update.averages else [])
 
+    def gathered_statistics(self) -> Tensor:
+        """A copy of `chip_statistics`: [groups, channels of all layers]."""
+        return torch.cat([moment.flatten(1) for moment in self.chip_statistics()], dim=1)
+
+    def set_statistics(self, rows: Tensor) -> None:
+        """The other way round: [groups, channels of all layers] into `chip_statistics`."""
+        moments = self.chip_statistics()
+        for moment, values in zip(moments, rows.split([moment.shape[1] for moment in moments], dim=1), strict=True):
+            moment.copy_(values)
+
     def state_dict(self) -> dict:
         """What a checkpoint holds beside model, optimizer and `chip_statistics`; the same on all workers.
 
         The model's own weights are the raw ones whatever `ema_decay` is; the averaged ones are `averages`.
         """
-        return {"progress": asdict(self.progress), "clock": self.clock.state_dict(), **self.update.state_dict()}
+        return {
+            "progress": asdict(self.progress),
+            "clock": self.clock.state_dict(),
+            "recent": [asdict(record) for record in self.recent],
+            **self.update.state_dict(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from a `state_dict` (further entries are left alone) that has averages if this run does."""
         self.progress = Progress(**state["progress"])
+        self._saved_at = -1, time.monotonic()
+        self.recent = deque(map(as_record, state["recent"]), maxlen=NUM_RECENT)
         self.clock.load_state_dict(state["clock"])
         self.update.load_state_dict(state)
 
@@ -292,8 +278,8 @@ class Trainer:
 
     def _mean_gradients(self, loader: Prefetcher) -> tuple[list[Tensor], float, float]:
         """(Gradients of the mean over all chips of each chip's mean loss, that loss, all chips' correct answers)."""
-        stop, step = float(self.stop_requested.is_set()), self.progress.step + 1
-        stale = frozen_statistics(self.model, self.damage.stale_groups(step, self.chips))
+        wishes, step = [float(wish) for wish in self._wishes()], self.progress.step + 1
+        stale = frozen_statistics(self.model, self.damage.stale_groups(step))
         with self.precision.autocast(self.device), stale:  # around all passes, so that the weights are cast once
             for chip_pass in self.passes:
                 images, labels = (part.to(self.device) for part in next(loader))
@@ -301,11 +287,13 @@ class Trainer:
                 contribution = self._take_gradients()
                 for flip in self.damage.flips(step, chip_pass):
                     flip.apply(contribution, self._gradients_of(flip.chip, chip_pass, images, labels))
-                contribution.append(torch.stack([loss, correct, torch.full_like(loss, stop)]))
+                contribution.append(torch.cat([torch.stack([loss, correct]), loss.new_tensor(wishes)]))
                 self.gradients.add(chip_pass.first // self.chips_per_block, contribution)
+        if self.backup:
+            self.backup.exchange(step, self.gathered_statistics())
         *gradients, outcome = self.gradients.total()
-        loss, correct, stop = outcome.tolist()
-        self._agreed_to_stop = stop > 0
+        loss, correct, *granted = outcome.tolist()
+        self._granted = {wish for wish in Wish if granted[wish]}
         living = self._living(step)
         torch._foreach_div_(gradients, living * self.update.loss_scale.value)
         return gradients, loss / living, correct
@@ -330,12 +318,22 @@ class Trainer:
             self._forward_backward(ChipPass(first, span, span), images[rows], labels[rows], others)
         return self._take_gradients()
 
+    def _wishes(self) -> list[bool]:
+        """This worker's, in their order."""
+        every, (_, saved_at) = self.limits.checkpoint_s, self._saved_at
+        if every and self.group.rank == 0 and time.monotonic() - saved_at >= every:
+            self.wishes[Wish.SAVE].set()
+        wanted = [self.wishes[wish].is_set() for wish in Wish]
+        for wish in (Wish.PAUSE, Wish.SAVE):
+            self.wishes[wish].clear()
+        return wanted
+
     def _forward_backward(
         self, chip_pass: ChipPass, images: Tensor, labels: Tensor, lost: list[int]
     ) -> tuple[Tensor, Tensor]:
         """(Sum of the chips' mean losses, correct answers); leaves loss_scale times its gradients in the parameters.
 
-        `lost`: the chips of the pass that have no part in it.
+        `lost`: the chips of the pass, counted from its first, that have no part in it.
         """
         self.model.chip_pass.first = chip_pass.first - self.first_chip
         self.model.chip_pass.count, self.model.chip_pass.sizes = chip_pass.count, chip_pass.sizes

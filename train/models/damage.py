@@ -46,9 +46,10 @@ def flipped(value: np.float32, bit: int) -> np.float32:
 class Damage:
     """The part of a timeline that the arithmetic feels; without a timeline nothing."""
 
-    def __init__(self, timeline: Timeline | None, model: nn.Module, span: int) -> None:
-        """`span` chips share their batch-norm statistics."""
-        self._timeline, self._span = timeline, span
+    def __init__(self, timeline: Timeline | None, model: nn.Module, passes: Sequence[ChipPass]) -> None:
+        """`passes`: of the worker's chips."""
+        self._timeline, self._span = timeline, passes[0].span
+        self._worker = range(passes[0].first, _chips(passes[-1]).stop)
         self._shapes = [tuple(p.shape) for p in model.parameters()]
 
     def lost(self, step: int) -> frozenset[int]:
@@ -63,10 +64,10 @@ class Damage:
         """The batch-norm groups of the mesh that are gone; a group goes as a whole."""
         return {chip // self._span for chip in self.lost(step)}
 
-    def stale_groups(self, step: int, chips: range) -> list[int]:
-        """The groups of `chips`, counted from their first, whose running statistics stand still in a step."""
+    def stale_groups(self, step: int) -> list[int]:
+        """The worker's groups, counted from its first, whose running statistics stand still in a step."""
         stale = self._timeline.at(step).stale if self._timeline else ()
-        return sorted({(chip - chips.start) // self._span for chip in stale if chip in chips})
+        return sorted({(chip - self._worker.start) // self._span for chip in stale if chip in self._worker})
 
     def flips(self, step: int, chip_pass: ChipPass) -> Iterator[Flip]:
         """The bits that are inverted in the gradients of a pass."""

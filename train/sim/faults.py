@@ -109,7 +109,7 @@ class Fault:
         """What it takes to recover, beside the steps that are repeated."""
         return 0.0
 
-    def repeats_from(self, step: int, steps_per_epoch: int, checkpoint_every: float) -> int:
+    def repeats_from(self, step: int, checkpoint_steps: int | None) -> int:
         """Finished steps that the cluster goes back to when it strikes in `step`; `step`: it repeats none."""
         return step
 
@@ -208,20 +208,19 @@ class Loss(Fault):
     recovery=spare: another takes its place, all go back to the last checkpoint and repeat the steps since; what is
     computed stays the same. recovery=shrink: the others go on without it from the weights that each of them holds, and
     repeat the step at hand; its share of every batch is gone.
-    checkpoint_epochs: epochs between the cluster's checkpoints; null: the run's checkpoint_every. 0: it has none, and
-    begins anew.
+    checkpoint_steps: between the cluster's checkpoints; null: the run's. Without any, or 0, it begins anew.
     """
 
     recovery: Literal["spare", "shrink"] = "spare"
     detect_s: float = 5.0
     restart_s: float = 20.0
-    checkpoint_epochs: float | None = None
+    checkpoint_steps: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.recovery not in ("spare", "shrink"):
             raise ValueError(f"faults.recovery={self.recovery}: {self.name} knows spare and shrink")
-        for name in ("detect_s", "restart_s", "checkpoint_epochs"):
+        for name in ("detect_s", "restart_s", "checkpoint_steps"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"faults.{name}={value} must be at least 0 and finite")
@@ -241,14 +240,11 @@ class Loss(Fault):
     def overhead_s(self) -> float:
         return self.detect_s + self.restart_s
 
-    def repeats_from(self, step: int, steps_per_epoch: int, checkpoint_every: float) -> int:
-        every = checkpoint_every if self.checkpoint_epochs is None else self.checkpoint_epochs
+    def repeats_from(self, step: int, checkpoint_steps: int | None) -> int:
+        between = checkpoint_steps if self.checkpoint_steps is None else self.checkpoint_steps
         if self.shrinks:
             return step - 1
-        if every == 0:
-            return 0
-        count = math.floor((step - 1) / steps_per_epoch / every + 1e-9)
-        return math.ceil(count * every * steps_per_epoch - 1e-9)
+        return (step - 1) // between * between if between else 0
 
     def words(self) -> str:
         return "a spare takes over" if self.recovery == "spare" else "the others go on without"

@@ -33,7 +33,7 @@ class Pace:
     eval_s: float
     eval_every: float
     eval_offset: float
-    checkpoint_every: float
+    checkpoint_steps: int | None
 
     def step_at(self, second: float) -> int:
         """The step at hand at that second, or the next one; it may lie beyond the run."""

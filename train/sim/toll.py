@@ -94,8 +94,7 @@ class Toll:
 
     def _saved(self, event: Event) -> int:
         """Finished steps that the cluster goes back to."""
-        pace = self.timeline.pace
-        return event.fault.repeats_from(event.step, pace.steps_per_epoch, pace.checkpoint_every)
+        return event.fault.repeats_from(event.step, self.timeline.pace.checkpoint_steps)
 
     def _event_s(self, event: Event) -> float:
         saved = self._saved(event)
