@@ -24,6 +24,7 @@ from launch.nodes import examine  # noqa: E402
 from launch.placement import Layout, ask, resource_name, wanted_workers  # noqa: E402
 from launch.worker_group import WorkerFailed, WorkerGroup, started  # noqa: E402
 from train.emulator import Emulator, build, check_training  # noqa: E402
+from train.emulator_faults import of_training  # noqa: E402
 from train.mesh.blocks import blocks  # noqa: E402
 
 
@@ -162,6 +163,7 @@ def emulated_machine(config: dict) -> Emulator:
 
     check_training(config)
     machine = build(config)
+    of_training(machine, config)
     blocks(config, machine.mesh)
     records = load()
     for record in (config["claim"]["record"], *config["claim"]["neighbours"]):

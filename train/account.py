@@ -77,6 +77,7 @@ def identity(worker: "Worker") -> dict:
     plan = {"wire_dtype": config["wire_dtype"], "collective": worker.emulator.plan.name}
     return (
         (exact if config["numerics"] == "exact" else {})
+        | ({"faults": config["faults"]} if config["faults"] else {})
         | (plan if config["gradient_sum"] == "plan" else {})
         | {
             "numerics": config["numerics"],
@@ -95,8 +96,9 @@ def identity(worker: "Worker") -> dict:
 
 def result(worker: "Worker", status: str) -> dict:
     """What result.json needs of a run that ended, or broke off, so."""
-    progress = worker.trainer.progress
-    images = progress.step * worker.order.global_batch_size
+    progress, toll = worker.trainer.progress, worker.trainer.clock.toll
+    images = worker.chip_batch_size * toll.chip_steps(progress.step) if toll else None
+    images = progress.step * worker.order.global_batch_size if images is None else images
     return {
         "status": status,
         "top1": progress.top1,
@@ -109,6 +111,8 @@ def result(worker: "Worker", status: str) -> dict:
         "measured_s": progress.measured_s,
         "emulated_s": worker.trainer.clock.seconds,
         "emulated_interval_s": list(worker.emulator.interval_s(worker.trainer.clock.seconds)),
+        **({"faults": toll.report(progress.step)} if toll else {}),
+        "images": images,
         "peak_memory_bytes": peak_memory_bytes(worker.device),
         "images_per_s": images / progress.measured_s if progress.measured_s else None,
         "weights_sha256": weights_sha256(worker.model) if status in ("done", "interrupted") else None,

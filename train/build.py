@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from train import checkpoint, emulator
+from train import checkpoint, emulator, emulator_faults
 from train.account import identity, result
 from train.callbacks import Callback, FenceCallback, MetricsCallback, MLPerfCallback, ProgressCallback, TraceCallback
 from train.checkpoint_files import Fenced, newest_sound, take_over
@@ -118,6 +118,7 @@ class Worker:
         allocate_chips(self.model, config["bn_span"], config["bn_span"])  # one set; `_take` makes room for this rank's
         self.optimizer = emulator.make(config["optim"], self.model.parameters())
         epochs = config["epochs"][-1] if isinstance(config["epochs"], list) else config["epochs"]
+        toll = emulator_faults.of_training(self.emulator, config)
         self.trainer = Trainer(
             model=self.model,
             source=self.source,
@@ -137,6 +138,7 @@ class Worker:
                 self.emulator.step(self.order.global_batch_size),
                 self.emulator.eval_s(len(self.source.eval)),
                 self.emulator.startup_s,
+                toll,
             ),
             limits=Limits(
                 epochs=epochs,
@@ -151,6 +153,7 @@ class Worker:
             label_smoothing=config["label_smoothing"],
             device=self.device,
             wishes=self.wishes,
+            timeline=toll and toll.timeline,
         )
         self.progress_callback = ProgressCallback()
         self._has_state = False

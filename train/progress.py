@@ -3,7 +3,7 @@
 Records are the same on all workers, but for this machine's seconds.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 from train.sim.step import StepTime
@@ -28,6 +28,7 @@ class StepRecord:
     emulated: StepTime
     loss_scale: float | None = None  # of this step; None where none is applied
     skipped_steps: int | None = None  # so far, this one included
+    faults: dict[str, float] = field(default_factory=dict)  # tag -> number so far, of an emulated machine with faults
 
 
 @dataclass(frozen=True)

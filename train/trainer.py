@@ -30,10 +30,12 @@ from train.data.loader import Prefetcher
 from train.data.order import Order, eval_batches
 from train.data.source import Source
 from train.models.chip_norm import ChipPass, chip_moments, evaluation_moments
+from train.models.damage import Damage, frozen_statistics, without
 from train.optim.update import DivergedError, WeightUpdate
 from train.precision import Precision
 from train.progress import EvalRecord, Limits, Progress, StepRecord, Wish, as_record
 from train.sim.clock import EmulatedClock
+from train.sim.timeline import Timeline
 
 NUM_RECENT = 4  # records that a worker keeps for whoever writes them down in place of one that died
 EVAL_BATCH_SIZE = 64  # fixed, so that the images of an evaluation are computed alike on any number of workers
@@ -79,12 +81,16 @@ class Trainer:
         label_smoothing: float,
         device: str,
         wishes: dict[Wish, threading.Event] | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
-        """`wishes`: what this worker asks of all; other threads may set them at any time."""
+        """`wishes`: what this worker asks of all; other threads may set them at any time.
+
+        `timeline`: of the faults of the emulated machine, as far as the arithmetic feels them.
+        """
         self.model, self.source, self.order = model, source, order
         self.update, self.schedule = update, schedule
         self.bn_rule, self.chips_per_block = bn_rule, chips_per_block
-        self.clock, self.limits, self.precision = clock, limits, precision
+        self.clock, self.limits, self.precision, self.timeline = clock, limits, precision, timeline
         self.label_smoothing, self.device = label_smoothing, device
         self.parameters = list(model.parameters())
         self.progress = Progress()
@@ -100,6 +106,7 @@ class Trainer:
         """Compute this part from now on; the model has room for its chips' statistics."""
         self.group, self.gradients, self.statistics = part.group, part.gradients, part.statistics
         self.backup, self.passes, self.first_chip = part.backup, part.passes, part.passes[0].first
+        self.damage = Damage(self.timeline, self.model, part.passes)
         self.abandoned.clear()
 
     @property
@@ -195,12 +202,15 @@ class Trainer:
             for mean, part in zip(evaluated, own.split([len(mean) for mean in evaluated]), strict=True):
                 mean.copy_(part)
             return
-        rows_per_block = self.chips_per_block // self.passes[0].span
+        span, lost = self.passes[0].span, self.damage.lost_groups(self.progress.step)
+        rows_per_block, first_row = self.chips_per_block // span, self.first_chip // span
         for i in range(len(moments[0]) // rows_per_block):
             rows = slice(i * rows_per_block, (i + 1) * rows_per_block)
+            if lost:
+                rows = [row for row in range(rows.start, rows.stop) if first_row + row not in lost]
             block = self.first_chip // self.chips_per_block + i
             self.statistics.add(block, [moment[rows].sum(0) for moment in moments])
-        num_rows = self.order.num_chips // self.passes[0].span
+        num_rows = self.order.num_chips // span - len(lost)
         for mean, total in zip(evaluated, self.statistics.total(), strict=True):
             mean.copy_(total / num_rows)
 
@@ -249,14 +259,15 @@ class Trainer:
         self.clock.advance_step()
         now = time.perf_counter()
         progress.measured_s = now - self._started_at
+        images = order.chip_batch_size * self._living(progress.step)
         return StepRecord(
             step=progress.step,
             epoch=progress.step / order.steps_per_epoch,
             loss=loss,
-            top1=correct / order.global_batch_size,
+            top1=correct / images,
             learning_rate=learning_rate,
             grad_norm=grad_norm,
-            images=order.global_batch_size,
+            images=images,
             step_s=now - started,
             data_wait_s=loader.wait_s - waited,
             comm_s=self.gradients.comm_s,
@@ -265,29 +276,52 @@ class Trainer:
             emulated=self.clock.step,
             loss_scale=scale,
             skipped_steps=None if scale is None else self.update.loss_scale.skipped,
+            faults=self.clock.fault_values(),
         )
 
     def _mean_gradients(self, loader: Prefetcher) -> tuple[list[Tensor], float, float]:
         """(Gradients of the mean over all chips of each chip's mean loss, that loss, all chips' correct answers)."""
-        wishes = [float(wish) for wish in self._wishes()]
-        with self.precision.autocast(self.device):  # around all passes, so that the weights are cast once
+        wishes, step = [float(wish) for wish in self._wishes()], self.progress.step + 1
+        stale = frozen_statistics(self.model, self.damage.stale_groups(step))
+        with self.precision.autocast(self.device), stale:  # around all passes, so that the weights are cast once
             for chip_pass in self.passes:
                 if self.abandoned.is_set():
                     raise PeerLost(f"rank {self.group.rank} of {self.group.world_size}, computing: told of a lost peer")
-                images, labels = next(loader)
-                loss, correct = self._forward_backward(chip_pass, images.to(self.device), labels.to(self.device))
-                contribution = [p.grad for p in self.parameters]
+                images, labels = (part.to(self.device) for part in next(loader))
+                loss, correct = self._forward_backward(chip_pass, images, labels, self.damage.lost_of(step, chip_pass))
+                contribution = self._take_gradients()
+                for flip in self.damage.flips(step, chip_pass):
+                    flip.apply(contribution, self._gradients_of(flip.chip, chip_pass, images, labels))
                 contribution.append(torch.cat([torch.stack([loss, correct]), loss.new_tensor(wishes)]))
-                for p in self.parameters:
-                    p.grad = None
                 self.gradients.add(chip_pass.first // self.chips_per_block, contribution)
         if self.backup:
-            self.backup.exchange(self.progress.step + 1, self.gathered_statistics())
+            self.backup.exchange(step, self.gathered_statistics())
         *gradients, outcome = self.gradients.total()
         loss, correct, *granted = outcome.tolist()
         self._granted = {wish for wish in Wish if granted[wish]}
-        torch._foreach_div_(gradients, self.order.num_chips * self.update.loss_scale.value)
-        return gradients, loss / self.order.num_chips, correct
+        living = self._living(step)
+        torch._foreach_div_(gradients, living * self.update.loss_scale.value)
+        return gradients, loss / living, correct
+
+    def _living(self, step: int) -> int:
+        """Chips that have a part in a step."""
+        return self.order.num_chips - len(self.damage.lost(step))
+
+    def _take_gradients(self) -> list[Tensor]:
+        gradients = [p.grad for p in self.parameters]
+        for p in self.parameters:
+            p.grad = None
+        return gradients
+
+    def _gradients_of(self, chip: int, chip_pass: ChipPass, images: Tensor, labels: Tensor) -> list[Tensor]:
+        """One chip's own gradients, computed once more beside its pass; its running statistics have seen the images."""
+        span, size = chip_pass.span, len(labels) // chip_pass.count
+        first = chip - chip % span
+        rows = slice((first - chip_pass.first) * size, (first - chip_pass.first + span) * size)
+        others = [one for one in range(span) if first + one != chip]
+        with frozen_statistics(self.model, [(first - self.first_chip) // span]):
+            self._forward_backward(ChipPass(first, span, span), images[rows], labels[rows], others)
+        return self._take_gradients()
 
     def _wishes(self) -> list[bool]:
         """This worker's, in their order."""
@@ -299,11 +333,18 @@ class Trainer:
             self.wishes[wish].clear()
         return wanted
 
-    def _forward_backward(self, chip_pass: ChipPass, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(Sum of the chips' mean losses, correct answers); leaves loss_scale times its gradients in the parameters."""
+    def _forward_backward(
+        self, chip_pass: ChipPass, images: Tensor, labels: Tensor, lost: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """(Sum of the chips' mean losses, correct answers); leaves loss_scale times its gradients in the parameters.
+
+        `lost`: the chips of the pass, counted from its first, that have no part in it.
+        """
         self.model.chip_pass.first = chip_pass.first - self.first_chip
         self.model.chip_pass.count, self.model.chip_pass.sizes = chip_pass.count, chip_pass.sizes
         logits = self.model(images).float()
+        if lost:
+            logits, labels, chip_pass = without(lost, logits, labels, chip_pass)
         loss = chip_losses(logits, labels, chip_pass, self.label_smoothing)
         (loss * self.update.loss_scale.value).backward()
         return loss.detach(), (logits.detach().argmax(1) == labels).sum().to(loss.dtype)
@@ -334,6 +375,8 @@ def chip_losses(logits: Tensor, labels: Tensor, chip_pass: ChipPass, label_smoot
 
     `logits` [images, classes] in float32 or float64 and `labels` [images] lie chip after chip.
     """
+    if not chip_pass.count:
+        return logits.sum()  # of none: 0, and so are its gradients
     if chip_pass.sizes is None:
         total = functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
         return total / (len(labels) // chip_pass.count)
