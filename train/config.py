@@ -113,8 +113,13 @@ class Config:
         "name of the run folder; null: <experiment>-<date>-<time>; launch.emulate: the folder of a run to re-time"
     )
     resume: str | None = key("auto: go on with the experiment's newest run; or the name of a run; null: start anew")
-    checkpoint_every: float = key("epochs between checkpoints; 0: only at the end")
-    hang_timeout_s: float = key("seconds without a sign of life of a worker after which the run fails")
+    checkpoint_steps: int | None = key("steps between checkpoints; null: no matter how many")
+    checkpoint_s: float | None = key("seconds between checkpoints; null: no matter how long; the end has one anyway")
+    checkpoints_kept: int = key("latest checkpoints that are kept")
+    hang_timeout_s: float = key("seconds without a sign of life of a worker after which it counts as lost")
+    max_restarts: int = key("workers that are started in place of lost ones, in all; then the run goes on without")
+    min_workers: int = key("with fewer, the run waits for workers that are started")
+    replacement_wait_s: float = key("seconds that it waits, then fails")
 
     format: Literal["table", "json"] = key("what launch.emulate and launch.verdict print")
     explain: bool = key("print every number that moves the emulated clock, with its origin")
@@ -141,11 +146,12 @@ class Config:
 
     def check(self) -> None:
         sizes = "chip_batch_size", "global_batch_size"
-        for name in ("workers", "threads", "bn_span", "chips_per_pass", "max_steps", *sizes):
+        counts = "workers", "threads", "bn_span", "chips_per_pass", "max_steps", "checkpoint_steps", "checkpoints_kept"
+        for name in (*counts, "min_workers", *sizes):
             _demand(self, name, lambda value: isinstance(value, str) or value >= 1, "must be at least 1")
-        for name in ("eval_every", "hang_timeout_s"):
+        for name in ("eval_every", "hang_timeout_s", "checkpoint_s", "replacement_wait_s"):
             _demand(self, name, lambda value: value > 0, "must be above 0")
-        for name in ("eval_offset", "checkpoint_every", "seed"):
+        for name in ("eval_offset", "max_restarts", "seed"):
             _demand(self, name, lambda value: value >= 0, "must not be negative")
         for name in ("clip_norm", "loss_scale"):
             _demand(self, name, lambda value: isinstance(value, str) or value > 0, "must be above 0")
