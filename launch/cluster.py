@@ -117,7 +117,7 @@ def join(settings: dict, chips: dict[str, int], num_cpus: int) -> Iterator[Clust
                     address="local", num_cpus=cpus, resources=chips, include_dashboard=False, **_on(settings), **QUIET
                 )
         else:
-            _connect(address)
+            _connect(address, settings["wait_s"])
         yield look(address, settings)
     finally:
         ray.shutdown()
@@ -190,16 +190,23 @@ def _call(address: str, wait_s: float) -> None:
         time.sleep(LOOK_EVERY_S)
 
 
-def _connect(address: str) -> None:
+def _connect(address: str, wait_s: float) -> None:
+    """A head that answers may still be starting: it is asked again until `wait_s` are over."""
     import ray
 
-    try:
-        ray.init(address=address, **QUIET)
-    except ConnectionError:
-        raise ValueError(
-            f"cluster.address={address}: what answers there is no Ray head, or wants a token: set RAY_AUTH_MODE=token "
-            "and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        ) from None
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            ray.init(address=address, **QUIET)
+            return
+        except ConnectionError:
+            if time.monotonic() >= deadline:
+                raise ValueError(
+                    f"cluster.address={address}: what answers there is no Ray head, or wants a token: set "
+                    "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+                ) from None
+        ray.shutdown()
+        time.sleep(LOOK_EVERY_S)
 
 
 def _on(settings: dict) -> dict[str, str]:

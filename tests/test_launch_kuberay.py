@@ -110,7 +110,7 @@ def test_the_manifest_is_what_the_schema_takes_and_what_was_asked_for(words):
     for pod in (head, worker):
         assert {"name": "runs", "mountPath": "/runs"} in pod["containers"][0]["volumeMounts"]
         assert {"name": "runs", "persistentVolumeClaim": {"claimName": "runs"}} in pod["volumes"]
-    assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "30"}}
+    assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}}
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)

@@ -182,6 +182,21 @@ def test_the_first_node_starts_the_head_and_the_others_join_it():
     assert nodes.own_address("lo") == "127.0.0.1"
 
 
+def test_ray_that_does_not_start_is_tried_again_and_term_ends_it(tmp_path, monkeypatch):
+    count = f"echo >> '{tmp_path}/tries'; [ $(wc -l < '{tmp_path}/tries') = 2 ] && exit 0; exit 1"
+    assert slurm_node.keep(["bash", "-c", count]) == 0, "the second attempt stands"
+    assert slurm_node.keep(["bash", "-c", "exit 3"]) == 3, "three attempts at most"
+    monkeypatch.setattr(slurm_node, "START_S", 0.0)
+    assert slurm_node.keep(["bash", "-c", f"echo >> '{tmp_path}/late'; exit 4"]) == 4
+    assert (tmp_path / "late").read_text() == "\n", "what has run for long is not started again"
+    code = "from launch.slurm_node import keep; import sys; sys.exit(keep(['sleep', '60']) != -15)"
+    ray = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment(tmp_path))
+    until(lambda: Path(f"/proc/{ray.pid}/task/{ray.pid}/children").read_text().strip(), "sleep", 20.0)
+    time.sleep(0.2)
+    ray.terminate()
+    assert ray.wait(20) == 0
+
+
 needs_slurm = [
     pytest.mark.slurm,
     pytest.mark.skipif(bool(missing() or os.getuid()), reason="needs root, slurm-wlm and munge (apt-get install)"),
