@@ -147,7 +147,7 @@ def settle(cluster: Cluster, settings: dict, decide: Callable[[Cluster], Found])
             return cluster, decide(cluster)
         except Lacking as problem:
             if time.monotonic() >= deadline:
-                raise
+                raise Lacking(f"{problem} (waited {settings['wait_s']:g} s)") from None
             if str(problem) != said:
                 said = str(problem)
                 print(f"waiting  {deadline - time.monotonic():.0f} s at most: {said}", file=sys.stderr, flush=True)
@@ -213,6 +213,9 @@ def _on(settings: dict) -> dict[str, str]:
     """Ray's address on the interface that is named; ValueError where this machine has none of that name."""
     if settings["interface"] is None:
         return {}
+    if not settings["expose"]:
+        problem = "a Ray started here listens on loopback only; set cluster.expose=true, or leave the interface out"
+        raise ValueError(f"cluster.interface={settings['interface']}: {problem}")
     return {"_node_ip_address": address_of("cluster.interface", settings["interface"])}
 
 
