@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -170,12 +171,14 @@ def test_a_slurm_that_does_not_answer_is_an_error_of_ours_and_no_end_of_the_job(
     assert "status" not in job.facts
 
 
-def test_the_first_node_starts_the_head_and_the_others_join_it():
-    allocation = {"SLURM_JOB_ID": "123456", "SLURM_CPUS_ON_NODE": "16"}
-    head = slurm_node.command("10.0.0.1", '{"ascend910": 8}', None, allocation)
-    assert {"--head", "--port=23456", "--node-ip-address=10.0.0.1", "--num-cpus=16"} <= set(head)
-    joins = slurm_node.command("10.0.0.2", '{"ascend910": 8}', "10.0.0.1:23456", allocation)
-    assert joins[-1] == "--address=10.0.0.1:23456" and "--head" not in joins
+def test_ray_starts_with_the_nodes_address_and_a_free_port_and_each_attempt_has_its_own_head():
+    allocation = {"SLURM_JOB_ID": "123456"}
+    start = slurm_node.command("10.0.0.2", '{"ascend910": 8}', "16", "--address=10.0.0.1:23456")
+    assert {"--node-ip-address=10.0.0.2", "--num-cpus=16", '--resources={"ascend910": 8}'} < set(start)
+    assert start[-1] == "--address=10.0.0.1:23456"
+    port = slurm_node.free_port("127.0.0.1", 123456)
+    with socket.create_server(("127.0.0.1", port)):
+        assert slurm_node.free_port("127.0.0.1", 123456) > port >= 23456
     first, again = ({**allocation, "SLURM_RESTART_COUNT": str(n)} for n in (0, 1))
     assert slurm_node.note(Path("/j"), allocation) == slurm_node.note(Path("/j"), first)
     assert slurm_node.note(Path("/j"), first) != slurm_node.note(Path("/j"), again), "a requeued job has another head"
