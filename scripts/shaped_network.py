@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 PREFIX = "shaped"
 MOST_MBIT = 500  # above, two processor cores would be the link
+MTU = 9000
 FRAME_BYTES = 1514  # a full one, as the bucket counts it
-BURST_BYTES = 2000
+BURST_BYTES = 9200
 """Of a bucket: one full frame and not two, as a wire can't send ahead of its time. (With 16 kB, messages of 64 KiB pass
 200 Mbit/s a fifth too fast.)"""
 QUEUE_BYTES = 8 << 20
@@ -108,7 +109,7 @@ class Cluster:
         _run("ip", "netns", "add", self._switch)
         bridges = ["fabric"] + [f"host{host}" for host in range(layout.hosts) if layout.chips_per_host > 1]
         for bridge in bridges:
-            _run("ip", "-n", self._switch, "link", "add", bridge, "type", "bridge")
+            _run("ip", "-n", self._switch, "link", "add", bridge, "mtu", str(MTU), "type", "bridge")
             _run("ip", "-n", self._switch, "link", "set", bridge, "up")
         for chip in range(layout.chips):
             self._add_chip(chip)
@@ -140,7 +141,7 @@ class Cluster:
 
     def _wire(self, name: str, device: str, port: str, bridge: str, mbit: int) -> None:
         """A veth pair, `device` in the namespace `name` and `port` on a bridge of the switches."""
-        _run("ip", "-n", name, "link", "add", device, "type", "veth", "peer", "name", port, "netns", self._switch)
+        _run("ip", "-n", name, "link", "add", device, "mtu", str(MTU), "type", "veth", "peer", "name", port, "mtu", str(MTU), "netns", self._switch)
         _run("ip", "-n", self._switch, "link", "set", port, "master", bridge)
         for namespace, end in ((name, device), (self._switch, port)):
             bucket = ["tbf", "rate", f"{mbit}mbit", "burst", str(BURST_BYTES), "limit", str(QUEUE_BYTES)]
