@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from scripts.shaped_network import Layout
 from train.comm.algorithms import halving_doubling, hierarchical, ring
 from train.mesh.mesh import Mesh
@@ -25,18 +23,17 @@ class Line:
 
 
 def fit(nbytes: list[int], seconds: list[float]) -> Line:
-    """Least squares of the relative errors, so that small messages give alpha and large ones the rate.
+    """The line through the smallest message, which gives alpha, and the largest, which gives the rate; sizes rise.
 
-    ValueError where no line with a positive alpha and rate comes nearest, or there are fewer than two sizes.
+    Those between show how straight it is. ValueError where nothing like a link comes out.
     """
-    if len(set(nbytes)) < 2:
-        raise ValueError(f"ping-pong of {nbytes} bytes: alpha and beta need two sizes or more")
-    took = np.array(seconds)
-    rows = np.stack([1 / took, np.array(nbytes) / took], axis=1)
-    (alpha, beta), *_ = np.linalg.lstsq(rows, np.ones(len(took)), rcond=None)
-    if alpha <= 0 or beta <= 0:
-        raise ValueError(f"ping-pong gives alpha {alpha * 1e6:.1f} us and beta {beta * 1e9:.3f} s/GB: no link is like that")
-    return Line(float(alpha), float(1 / beta))
+    if len(nbytes) < 2 or list(nbytes) != sorted(set(nbytes)):
+        raise ValueError(f"ping-pong of {nbytes} bytes: alpha and beta need two sizes or more that rise")
+    bytes_per_s = (nbytes[-1] - nbytes[0]) / (seconds[-1] - seconds[0]) if seconds[-1] > seconds[0] else 0.0
+    alpha_s = seconds[0] - nbytes[0] / bytes_per_s if bytes_per_s else 0.0
+    if alpha_s <= 0:
+        raise ValueError(f"ping-pong of {nbytes} bytes took {seconds} s: no link is like that; is the machine busy?")
+    return Line(alpha_s, bytes_per_s)
 
 
 def link(name: str, line: Line) -> LinkClass:
@@ -46,12 +43,11 @@ def link(name: str, line: Line) -> LinkClass:
 def mesh(layout: Layout, lines: dict[str, Line]) -> Mesh:
     """lines: of a ping-pong `between` two hosts and, where hosts have several chips, `inside` one."""
     if layout.chips_per_host == 1:
-        return Mesh(layout.name, {"host": layout.hosts}, Star(link("card", lines["between"])))
+        return Mesh(layout.name, layout.axes, Star(link("card", lines["between"])))
     inside, between = lines["inside"], lines["between"]
-    axes = {"host": layout.hosts, "chip": layout.chips_per_host}
     if not layout.shared:
         topology = SwitchedHosts(layout.chips_per_host, link("port", inside), link("card", between))
-        return Mesh(layout.name, axes, topology)
+        return Mesh(layout.name, layout.axes, topology)
     # A chip leaves its host by its own port, and with all others of the host by the card, which is a host's trunk: all
     # that ping-pong between two hosts shows of it is that one chip alone gets its whole rate.
     port = link("port", Line(between.alpha_s, inside.bytes_per_s))
@@ -64,9 +60,4 @@ def mesh(layout: Layout, lines: dict[str, Line]) -> Mesh:
         taper=taper,
         taper_source="measured: ping-pong",
     )
-    return Mesh(layout.name, axes, topology)
-
-
-def shape(layout: Layout) -> Mesh:
-    """The mesh with any rates: what the plans are made of."""
-    return mesh(layout, {"inside": Line(1e-6, 2e9), "between": Line(1e-6, 1e9)})
+    return Mesh(layout.name, layout.axes, topology)

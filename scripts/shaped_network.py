@@ -18,14 +18,15 @@ from dataclasses import dataclass
 
 PREFIX = "shaped"
 MOST_MBIT = 500  # above, two processor cores would be the link
-MTU = 9000
-FRAME_BYTES = 1514  # a full one, as the bucket counts it
-BURST_BYTES = 9200
-"""Of a bucket: one full frame and not two, as a wire can't send ahead of its time. (With 16 kB, messages of 64 KiB pass
-200 Mbit/s a fifth too fast.)"""
+MTU = 4200  # what RoCE's largest message needs; frames of 1,500 alone would keep a core busy
+BURST_BYTES = 4300
+"""Of a bucket: one full frame and not two, as a wire can't send ahead of its time."""
 QUEUE_BYTES = 8 << 20
 """Of a bucket: more than the windows of all that can send into it, so that nothing is ever dropped, as on RoCE."""
-WINDOW_BYTES = 1 << 20
+WINDOW_BYTES = 128 << 10
+"""Much more than a link holds, so that it is never idle. More would only stand in the queue of a shared card, and who
+asks for a message there (gloo asks before it sends) would wait behind it."""
+SEND_BYTES = 4 << 20  # a sender need not be woken up in the middle of a message
 
 TCP = {
     "tcp_congestion_control": "reno",  # without losses its window only grows; bbr would probe, cubic leave early
@@ -33,8 +34,8 @@ TCP = {
     "tcp_no_metrics_save": "1",  # no connection learns from an earlier one
     # Windows of one size: of two that share a card in opposite directions, the larger one would hold back the other's
     # acknowledgements (Zhang, Shenker and Clark 1991).
-    "tcp_wmem": f"{WINDOW_BYTES} {WINDOW_BYTES} {WINDOW_BYTES}",
-    "tcp_rmem": f"{4 * WINDOW_BYTES} {4 * WINDOW_BYTES} {4 * WINDOW_BYTES}",
+    "tcp_rmem": f"{WINDOW_BYTES} {WINDOW_BYTES} {WINDOW_BYTES}",
+    "tcp_wmem": f"{SEND_BYTES} {SEND_BYTES} {SEND_BYTES}",
 }
 
 
@@ -60,13 +61,19 @@ class Layout:
             raise ValueError(f"chips_per_host={self.chips_per_host} must be 1 to 4")
         for name in ("card_mbit", "port_mbit"):
             if not 1 <= getattr(self, name) <= MOST_MBIT:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 to {MOST_MBIT}: faster, the cores are the link")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be 1 to {MOST_MBIT}: faster, the cores are the link"
+                )
         if self.shared and self.chips_per_host == 1:
             raise ValueError("shared=true needs chips_per_host of 2 or more, which share the card")
 
     @property
     def chips(self) -> int:
         return self.hosts * self.chips_per_host
+
+    @property
+    def axes(self) -> dict[str, int]:
+        return {"host": self.hosts, "chip": self.chips_per_host}
 
     @property
     def name(self) -> str:
@@ -141,7 +148,25 @@ class Cluster:
 
     def _wire(self, name: str, device: str, port: str, bridge: str, mbit: int) -> None:
         """A veth pair, `device` in the namespace `name` and `port` on a bridge of the switches."""
-        _run("ip", "-n", name, "link", "add", device, "mtu", str(MTU), "type", "veth", "peer", "name", port, "mtu", str(MTU), "netns", self._switch)
+        _run(
+            "ip",
+            "-n",
+            name,
+            "link",
+            "add",
+            device,
+            "mtu",
+            str(MTU),
+            "type",
+            "veth",
+            "peer",
+            "name",
+            port,
+            "mtu",
+            str(MTU),
+            "netns",
+            self._switch,
+        )
         _run("ip", "-n", self._switch, "link", "set", port, "master", bridge)
         for namespace, end in ((name, device), (self._switch, port)):
             bucket = ["tbf", "rate", f"{mbit}mbit", "burst", str(BURST_BYTES), "limit", str(QUEUE_BYTES)]
@@ -164,9 +189,10 @@ def cluster(layout: Layout) -> Iterator[Cluster]:
         made.build()
         yield made
     finally:
-        shielded = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _remove(os.getpid())
-        signal.signal(signal.SIGINT, shielded)
+        signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, before)
 
 
