@@ -33,9 +33,9 @@ from train.sim.flow import Flow  # noqa: E402
 from train.sim.network import AlphaBeta  # noqa: E402
 
 PAGE = ROOT / "docs" / "shaped_links.md"
-LAYOUTS = ("2", "3", "4", "6", "8", "2x2", "4x2", "2x4", "4x2:shared", "2x4:shared")
+LAYOUTS = ("2", "3", "4", "8", "2x2", "4x2", "2x4", "4x2:shared", "2x4:shared")
 MIB = (1 / 16, 1, 4, 16)
-CARD_MBIT, PORT_MBIT = 100, 400
+CARD_MBIT, PORT_MBIT = 100, 200
 PING_PONG_BYTES = (4, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
 SHORT, SHORT_BYTES = 51, 1 << 20
 NETWORKS = {"alpha_beta": AlphaBeta, "flow": Flow}
@@ -173,12 +173,13 @@ def aims(rows: list[dict]) -> list[dict]:
 
 def result(layouts: list[Layout], sizes: list[int], repetitions: int) -> dict:
     links, rows = [], []
+    load = os.getloadavg()[0]
     for of in layouts:
         print(f"shaped_links: {of.name}", file=sys.stderr)
         found = measure(of, sizes, repetitions)
         links += found["links"]
         rows += found["rows"]
-    machine = {"cores": os.cpu_count(), "kernel": platform.release(), "repetitions": repetitions}
+    machine = {"cores": os.cpu_count(), "kernel": platform.release(), "load": load, "repetitions": repetitions}
     return {"machine": machine, "links": links, "rows": rows, "aims": aims(rows)}
 
 
@@ -226,10 +227,10 @@ def document(found: dict) -> str:
     smallest, *_, largest = map(size, PING_PONG_BYTES)
     return f"""# The network models beside real all-reduces on shaped links
 
-Written by `python scripts/shaped_links.py --docs`, as root on {machine["cores"]} cores under Linux {machine["kernel"]};
-medians of {machine["repetitions"]}, of short messages more. Each chip is a network namespace with a process of its own;
-cards and ports are veth pairs whose two ends have a token bucket (`tc tbf`), so that every link carries its rate in
-both directions at once.
+Written by `python scripts/shaped_links.py --docs`, as root on {machine["cores"]} cores under Linux {machine["kernel"]},
+which had a load of {machine["load"]:.1f} before; medians of {machine["repetitions"]}, of short messages more. Each chip
+is a network namespace with a process of its own; cards and ports are veth pairs whose two ends have a token bucket (`tc
+tbf`), so that every link carries its rate in both directions at once.
 
 The mesh is made from ping-pong alone, from the line through {smallest} and {largest}. `train/sim` prices each plan on
 that mesh; the backend `plan` (`train/comm/plan_group.py`) sends the same plan's messages over gloo and TCP. A measured

@@ -50,8 +50,8 @@ class Layout:
 
     hosts: int
     chips_per_host: int = 1
-    card_mbit: int = 200
-    port_mbit: int = 400
+    card_mbit: int = 100
+    port_mbit: int = 200
     shared: bool = False
 
     def __post_init__(self) -> None:

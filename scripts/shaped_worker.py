@@ -21,7 +21,7 @@ from scripts.shaped_network import Layout
 from train.comm.groups import Group
 from train.comm.plan_group import PlanGroup
 
-WARM_UP = 2  # so that windows are open and buffers touched
+WARM_UP = 1  # the connections' windows are open then, and the memory has been touched
 AHEAD_S = 0.02
 """All ranks start at a time agreed on this long before, when the agreeing itself has surely come through."""
 

@@ -72,7 +72,7 @@ def test_one_chip_alone_gets_the_whole_shared_card() -> None:
 
 @pytest.mark.parametrize("text", script.LAYOUTS)
 def test_the_plan_that_is_priced_is_the_plan_that_runs(text: str) -> None:
-    of = script.layout(text, 100, 400)
+    of = script.layout(text, 100, 200)
     for algorithm in ALGORITHMS.values():
         priced = list(algorithm(mesh(of, LINES)).rounds())
         runs = list(algorithm(worker_mesh(of.chips, of.axes)).rounds())
@@ -120,13 +120,13 @@ def test_short_messages_go_more_often() -> None:
 
 def found_of(text: str) -> dict:
     """What `result` gives for one layout whose links and all-reduces are exact."""
-    of = script.layout(text, 100, 400)
+    of = script.layout(text, 100, 200)
     order = {"all_reduce": [(name, 4 * MIB, 5) for name in script.algorithms(of)]}
     times = [[LINES[way].seconds(nbytes)] * 5 for way in script.ways(of) for nbytes in script.PING_PONG_BYTES]
     took = [[seconds(of, name, nbytes)[1]] * 5 for name, nbytes, _ in order["all_reduce"]]
     raw = {"ping_pong": times, "all_reduce": took, "busy": [0.5] * len(took)}
     made = script.compare(of, order, raw)
-    machine = {"cores": 2, "kernel": "6.1", "repetitions": 5}
+    machine = {"cores": 2, "kernel": "6.1", "load": 0.0, "repetitions": 5}
     return {"machine": machine, **made, "aims": script.aims(made["rows"])}
 
 
@@ -136,7 +136,7 @@ def test_exact_links_are_predicted_exactly_and_written_down() -> None:
     by_name = {one["algorithm"]: one["alpha_beta_error"] for one in found["rows"]}
     assert by_name["ring"] == pytest.approx(0, abs=1e-4) and by_name["hierarchical"] < -0.3
     page = script.document(found)
-    for said in ("| flow | all layouts | 3 | 0.0% | 0.0% | 0 of ", "12.00", "net", "one card a host, 100 Mbit/s"):
+    for said in ("| flow | all layouts | 3 | 0.0% | 0.0% | 0 of ", "12.00", "one card a host, 100 Mbit/s"):
         assert said in page
     assert page.count("\n| 4 hosts of 2 chips") == 3 + 2
 
@@ -191,9 +191,9 @@ def test_all_reduces_are_exact_and_no_faster_than_the_wire(text: str, nothing_st
     done = subprocess.run(command, cwd=script.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert [one["algorithm"] for one in found["rows"]] == script.algorithms(script.layout(text, 100, 400))
+    assert [one["algorithm"] for one in found["rows"]] == script.algorithms(script.layout(text, 100, 200))
     for link in found["links"]:
-        assert link["bytes_per_s"] < (12.5e6 if link["way"] == "between" else 50e6) * 1.02
+        assert link["bytes_per_s"] < (12.5e6 if link["way"] == "between" else 25e6) * 1.02
     for one in found["rows"]:
         crosses = {"ring": 1.5 if text != "2" else 1.0, "halving_doubling": 1.0, "hierarchical": 0.5}[one["algorithm"]]
         assert one["least_s"] > crosses * 0.5 * MIB / 12.5e6 * 0.95
