@@ -6,15 +6,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from scripts import shaped_links as script
 from scripts import shaped_network
 from scripts.shaped_mesh import ALGORITHMS, Line, fit, mesh
 from scripts.shaped_network import Layout
-from train.comm.plan_group import worker_mesh
+from train.comm.plan_group import PlanGroup, Turn, worker_mesh
 from train.sim.flow import Flow
 from train.sim.network import AlphaBeta
 
@@ -81,6 +83,21 @@ def test_the_plan_that_is_priced_is_the_plan_that_runs(text: str) -> None:
             assert one.reduce == other.reduce
             for mine, its in zip(one[:4], other[:4], strict=True):
                 np.testing.assert_array_equal(mine, its)
+
+
+def test_a_rank_asks_for_a_round_s_messages_before_it_sends_its_own() -> None:
+    """Behind them, the asking would wait on a wire until they have gone: half duplex."""
+    group, calls = PlanGroup.__new__(PlanGroup), []
+    call = SimpleNamespace(wait=lambda: None)
+    group._group = SimpleNamespace(
+        **{
+            name: lambda tensors, peer, tag, name=name: (calls.append((name, peer)), call)[1]
+            for name in ("send", "recv")
+        }
+    )
+    for reduce in (True, False):
+        group._take_turn(Turn(((1, 0, 1),), ((2, 1, 2),), reduce), torch.zeros(8), 4)
+    assert calls == [("recv", 2), ("send", 1)] * 2
 
 
 def row(layout: str, nbytes: int, algorithm: str, took: float, predicted: float) -> dict:
