@@ -7,6 +7,7 @@ HCCL_WHITELIST_DISABLE), and its table parser, topoinfo_ranktableParser.cc; addr
 import ipaddress
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ FOURS = ("0123", "4567", "0145", "0246", "0347", "1256", "1357", "2367")
 LEVEL1 = {"halving-doubling": "H-D_R", "ring": "ring", "non-uniform hierarchical ring": "NHR"}
 """The stage between servers, as plans name it -> as HCCL_ALGO does."""
 
-TABLE_FILE, SETTINGS_FILE = "rank_table.json", "hccl.env"
+TABLE_FILE, SETTINGS_FILE = "rank_table.json", "hccl.sh"
 CONNECT_TIMEOUT_S = 300  # torch_npu's advice with a table; allowed are 120 to 7,200
 PORTS = ("device_port", "host_port", "device_vnic_port")
 
@@ -103,12 +104,14 @@ def level1(plan: Plan) -> str | None:
 
 
 def write(folder: Path, plan: Plan, servers: dict[str, list[str]] | None = None) -> list[Path]:
-    """rank_table.json and hccl.env (KEY=value) in a folder that exists."""
-    table, env = folder / TABLE_FILE, folder / SETTINGS_FILE
+    """rank_table.json and hccl.sh (to be sourced) in a folder that exists."""
+    table, script = folder / TABLE_FILE, folder / SETTINGS_FILE
     write_aside(table, json.dumps(rank_table(plan.mesh, servers), indent=1) + "\n")
-    lines = [f"{key}={value}\n" for key, value in settings(plan, table).items()]
-    write_aside(env, "# each process also needs RANK_ID and DEVICE_ID, its own of the rank table\n" + "".join(lines))
-    return [table, env]
+    lines = [f"export {key}={shlex.quote(value)}\n" for key, value in settings(plan, table).items()]
+    write_aside(
+        script, "# Each process also needs RANK_ID and DEVICE_ID, its own of the rank table.\n" + "".join(lines)
+    )
+    return [table, script]
 
 
 def device_addresses(path: Path) -> list[str]:

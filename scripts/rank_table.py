@@ -39,7 +39,7 @@ def read(path: Path) -> dict:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("overrides", nargs="*", help="as of launch.emulate: mesh=, collective= ...")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write rank_table.json and hccl.env there")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write rank_table.json and hccl.sh there")
     parser.add_argument("--hccn", action="append", default=[], metavar="SERVER_ID=FILE")
     parser.add_argument("--check", type=Path, metavar="FILE", help="only say whether a table meets the rules")
     arguments = parser.parse_args(argv)

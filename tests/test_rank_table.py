@@ -3,6 +3,7 @@
 import copy
 import ipaddress
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -129,13 +130,14 @@ def test_addresses_of_real_servers_come_from_hccn_conf(tmp_path: Path, capsys: p
         lines = [f"address_{device}=192.168.{100 + device % 4}.{10 * server + 1 + device // 4}" for device in range(8)]
         path.write_text("\n".join(["arp_0=1", *lines[::-1], "netmask_0=255.255.255.0", ""]))
         given += ["--hccn", f"172.16.0.{server + 1}={path}"]
-    out = tmp_path / "out"
+    out = tmp_path / "it's out"
     assert script.main(["mesh=atlas900_1024", "mesh.axes.host=2", "--out", str(out), *given]) == 0
     table = json.loads((out / "rank_table.json").read_text())
     assert [server["server_id"] for server in table["server_list"]] == ["172.16.0.1", "172.16.0.2"]
     assert devices(table)[8 + 5]["device_ip"] == "192.168.101.12"
-    settings = (out / "hccl.env").read_text().splitlines()[1:]
-    assert settings[0] == f"RANK_TABLE_FILE={out.resolve() / 'rank_table.json'}"
+    sourced = subprocess.run(["sh", "-c", '. "$0"; env', out / "hccl.sh"], capture_output=True, text=True, check=True)
+    assert f"RANK_TABLE_FILE={out.resolve() / 'rank_table.json'}\n" in sourced.stdout
+    assert "HCCL_ALGO=allreduce=level0:NA;level1:H-D_R\n" in sourced.stdout
     assert script.main(["--check", str(out / "rank_table.json")]) == 0
     assert "meets the rules (2 servers)" in capsys.readouterr().out
 
@@ -170,6 +172,6 @@ def test_a_job_of_an_ascend_mesh_has_its_table(
     monkeypatch.setattr(sys, "argv", ["submit", *words])
     assert submit.main() == 0
     folder = tmp_path / "jobs" / "one"
-    assert (folder / "rank_table.json").exists() == (folder / "hccl.env").exists() == written
+    assert (folder / "rank_table.json").exists() == (folder / "hccl.sh").exists() == written
     if written:
         rank_table.check(json.loads((folder / "rank_table.json").read_text()))
