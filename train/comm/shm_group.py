@@ -197,7 +197,7 @@ class ShmGroup:
 
     def _all_gather(self, tensor: Tensor) -> Tensor:
         self._sign("all_gather", tensor)
-        out, elements = tensor.new_empty((self.world_size, *tensor.shape)), tensor.reshape(-1)
+        out, elements = tensor.new_empty((self.world_size, *tensor.shape)), tensor.contiguous().view(-1)
         rows, width = out.view(self.world_size, len(elements)), self._piece_bytes // tensor.element_size()
         for first in range(0, max(1, len(elements)), width):
             piece = elements[first : first + width]

@@ -82,8 +82,9 @@ class TorchGroup:
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         out = tensor.new_empty((self.world_size, *tensor.shape))
+        rows = _bytes(out.view(self.world_size, tensor.numel()))
         with self._peers.during("all_gather"):
-            self._group.allgather([list(out.unbind())], [tensor.contiguous()]).wait()
+            self._group.allgather([list(rows.unbind())], [_bytes(tensor.contiguous().view(-1))]).wait()
         return out
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ class TorchGroup:
         options = c10d.BroadcastOptions()
         options.rootRank, options.rootTensor = source, 0
         with flat(tensor) as elements, self._peers.during("broadcast"):
-            self._group.broadcast([elements], options).wait()
+            self._group.broadcast([_bytes(elements)], options).wait()
 
     def barrier(self) -> None:
         with self._peers.during("barrier"):
@@ -169,6 +170,11 @@ class TorchGroup:
             if peer != self.rank:
                 with suppress(RuntimeError):  # one that is dead refuses at once, and the next one is asked
                     group.recv([torch.empty(1)], peer, NEVER_SENT).wait(seconds(0.001))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The same memory without its dtype: transports don't know them all."""
+    return tensor.view(torch.uint8)
 
 
 class _Ended:
