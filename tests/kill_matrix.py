@@ -90,7 +90,7 @@ def live_and_die(rank: int, n: int, store: Any, backend: str, phase: str, victim
             patient = peers.Peers.__init__
 
             def impatient(self: Any, *args: Any) -> None:
-                patient(self, *args[:-1], SHORT_TIMEOUT_S)
+                patient(self, *args[:4], SHORT_TIMEOUT_S, *args[5:])
 
             peers.Peers.__init__ = impatient
         group = make(backend, rank, n, store, "first")
@@ -107,7 +107,7 @@ def live_and_die(rank: int, n: int, store: Any, backend: str, phase: str, victim
     del group
     check_the_rest(rank, n, store, backend, victim)
     deadline = time.monotonic() + 5
-    while count_sockets() > sockets:
+    while count_sockets() > sockets and not held_by_gloo():
         assert time.monotonic() < deadline, f"{count_sockets() - sockets} sockets are left"
         time.sleep(0.02)
     return saw
@@ -149,6 +149,11 @@ def check_the_rest(rank: int, n: int, store: Any, backend: str, victim: int) -> 
 
 def count_sockets() -> int:
     return sum(name_of(link).startswith("socket:") for link in Path("/proc/self/fd").iterdir())
+
+
+def held_by_gloo() -> bool:
+    """Whether a message cut off in the middle keeps a thread, and with it two sockets, until gloo's timeout."""
+    return any(thread.name == "turns" for thread in threading.enumerate())
 
 
 def victims(backend: str) -> tuple[int, tuple[int, ...]]:

@@ -19,12 +19,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from train.comm.peers import SLICE_S
+
 FOLDER = "/dev/shm"
 SEMAPHORE_BYTES = 64
 """More than glibc's 32 and musl's 32, and a cache line of its own."""
 SPIN_S = 100e-6
-SLICE_S = 0.05
-"""How long a process sleeps before it looks whether its peer is still there."""
 
 
 class _Timespec(ctypes.Structure):
