@@ -9,7 +9,8 @@ from rank_processes import run_ranks
 from torch import Tensor, distributed
 
 from train.comm.aggregation import SumAggregator, TreeAggregator, flatten, meeting_order, unflatten
-from train.comm.groups import SingleGroup, TorchGroup, connect
+from train.comm.groups import SingleGroup, connect
+from train.comm.torch_group import TorchGroup
 
 NUM_BLOCKS = 11
 SPLITS = {2: [(0, 6, 11), (0, 1, 11), (0, 8, 11)], 3: [(0, 4, 8, 11), (0, 1, 2, 11), (0, 5, 10, 11)]}

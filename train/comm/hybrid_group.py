@@ -1,18 +1,17 @@
 """Workers on several machines: shared memory inside each, a plan between their first workers."""
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, distributed
 
 from train.comm.algorithms import ring
-from train.comm.peers import GroupError
+from train.comm.peers import Peers
 from train.comm.plan import Plan
 from train.comm.plan_group import PlanGroup
 from train.comm.shm_group import ShmGroup
 from train.comm.torch_group import TorchGroup
-from train.comm.turns import Turns, check_rank, check_summed, flat
+from train.comm.turns import check_rank, check_summed, flat
 from train.mesh.mesh import Mesh
 
 
@@ -30,12 +29,12 @@ class HybridGroup(TorchGroup):
         device: str,
         algorithm: Callable[[Mesh], Plan] = ring,
         timeout_s: float = 600.0,
+        within: Peers | None = None,
     ) -> None:
         if not device.startswith("cpu"):
             raise ValueError(f"backend=hybrid moves CPU memory only, and device={device}; use backend=nccl")
         self._algorithm, self._parts = algorithm, []
-        super().__init__(rank, world_size, store, device, "gloo", timeout_s)
-        self._turns = Turns(self._peers)
+        super().__init__(rank, world_size, store, device, "gloo", timeout_s, within)
         nodes = self._peers.nodes
         self.node_ranks = [peer for peer, node in enumerate(nodes) if node == nodes[rank]]
         """The ranks of this node, in order; the first one speaks for it."""
@@ -49,31 +48,19 @@ class HybridGroup(TorchGroup):
             raise
 
     def _part(self, kind: type, ranks: list[int], name: str, **settings: Any) -> Any:
-        store = distributed.PrefixStore(name, self._store.clone())
-        made = self._peers.made(
-            lambda: kind(ranks.index(self.rank), len(ranks), store, "cpu", timeout_s=self._timeout_s, **settings),
-            "connect",
-        )
-        self._parts.append(made)
-        return made
+        where = ranks.index(self.rank), len(ranks), distributed.PrefixStore(name, self._store), "cpu"
+        self._parts.append(kind(*where, timeout_s=self._timeout_s, within=self._peers, **settings))
+        return self._parts[-1]
 
     def _name(self) -> str:
         return "hybrid"
-
-    @contextmanager
-    def _inside(self):
-        """A part's error names ranks of the part: the whole group knows better who is to blame."""
-        try:
-            yield
-        except GroupError as error:
-            raise RuntimeError(str(error)) from error
 
     def all_reduce(self, tensor: Tensor, async_op: bool = False) -> Any:
         check_summed(tensor, "hybrid")
         return self._turns.run("all_reduce", lambda: self._all_reduce(tensor), async_op)
 
     def _all_reduce(self, tensor: Tensor) -> None:
-        with self._inside(), flat(tensor) as elements:
+        with flat(tensor) as elements:
             self._node.all_reduce(elements)
             if len(self.heads) > 1:
                 if self.rank in self.heads:
@@ -81,49 +68,37 @@ class HybridGroup(TorchGroup):
                 self._node.broadcast(elements, 0)
 
     def send(self, tensor: Tensor, destination: int) -> None:
-        check_rank(destination, self.world_size, "destination")
-        if destination in self.node_ranks:
-            self._turns.run("send", lambda: self._in_node("send", tensor, self.node_ranks.index(destination)))
-        else:
-            super().send(tensor, destination)
+        group, peer = self._way(destination, "destination")
+        group.send(tensor, peer)
 
     def recv(self, tensor: Tensor, source: int) -> None:
-        check_rank(source, self.world_size, "source")
-        if source in self.node_ranks:
-            self._turns.run("recv", lambda: self._in_node("recv", tensor, self.node_ranks.index(source)))
-        else:
-            super().recv(tensor, source)
+        group, peer = self._way(source, "source")
+        group.recv(tensor, peer)
 
     def exchange(self, outgoing: list[Tensor], incoming: list[Tensor], peer: int) -> None:
-        check_rank(peer, self.world_size, "peer")
-        if peer in self.node_ranks:
-            local = self.node_ranks.index(peer)
-            self._turns.run("exchange", lambda: self._in_node("exchange", outgoing, incoming, local))
-        else:
-            super().exchange(outgoing, incoming, peer)
+        group, peer = self._way(peer, "peer")
+        group.exchange(outgoing, incoming, peer)
 
-    def _in_node(self, operation: str, *args: Any) -> None:
-        with self._inside():
-            getattr(self._node, operation)(*args)
+    def _way(self, peer: int, what: str) -> tuple[Any, int]:
+        """The group over which a peer is reached, and its rank there."""
+        check_rank(peer, self.world_size, what)
+        if peer in self.node_ranks:
+            return self._node, self.node_ranks.index(peer)
+        return super(), peer
 
     def subgroup(self, ranks: list[int]) -> "HybridGroup | None":
         store = self._substore()
         if self.rank not in ranks:
             return None
-        settings = {"algorithm": self._algorithm, "timeout_s": self._timeout_s}
-        return HybridGroup(ranks.index(self.rank), len(ranks), store, self._device, **settings)
-
-    def _interrupt(self) -> None:
-        super()._interrupt()
-        for part in self._parts:
-            part.abort()
+        where = ranks.index(self.rank), len(ranks), store, self._device
+        return HybridGroup(*where, self._algorithm, self._timeout_s, self._peers)
 
     def abort(self) -> None:
         super().abort()
-        self._turns.end()
+        for part in self._parts:
+            part.abort()
 
     def close(self) -> None:
         super().close()
         for part in self._parts:
             part.close()
-        self._turns.end()

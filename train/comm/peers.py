@@ -23,7 +23,8 @@ LOST, GAVE_UP, LEFT = "is gone (killed, crashed or unreachable)", "gave up", "ha
 BYE, ABORT = b"b", b"a"
 GRACE_S = 0.5
 """How long after a transport's error the connections are given to say whose fault it was."""
-POLL_S = 0.02
+SLICE_S = 0.05
+"""How long a rank waits before it looks whether its peers are still there."""
 
 
 class GroupError(RuntimeError):
@@ -37,12 +38,22 @@ class GroupError(RuntimeError):
 class Peers:
     """The other ranks of a group: where they run and whether they are still there."""
 
-    def __init__(self, backend: str, rank: int, world_size: int, store: Any, timeout_s: float) -> None:
+    def __init__(
+        self,
+        backend: str,
+        rank: int,
+        world_size: int,
+        store: Any,
+        timeout_s: float,
+        within: "Peers | None" = None,
+    ) -> None:
         """Returns once all ranks have connected; GroupError when one is missing after `timeout_s`, or dies meanwhile.
 
         `store`: a c10d store, new or under a new prefix for every group; one rank alone needs none.
+        `within`: those of the group that this one is a part of; who is lost there is lost here.
         """
         self.backend, self.rank, self.world_size, self.timeout_s = backend, rank, world_size, timeout_s
+        self._within = within
         self.address = _own_address(store)
         self.nodes = [node_name()]
         self._gone: dict[int, str] = {}
@@ -78,8 +89,10 @@ class Peers:
         except GroupError:
             raise
         except RuntimeError as error:
-            with self._changed:
-                self._changed.wait_for(lambda: self._to_blame or self._closed, GRACE_S)
+            end = time.monotonic() + GRACE_S
+            while time.monotonic() < end and not self._closed and not self._gone:
+                self.check(operation, error)
+                time.sleep(0.002)
             self.check(operation, error)
             for peer in self._gone:
                 raise self._error(operation, peer, LEFT) from error
@@ -87,10 +100,19 @@ class Peers:
 
     def check(self, operation: str, cause: Exception | None = None) -> None:
         """GroupError where a rank is lost, or this one has left."""
-        if self._to_blame:
-            raise self._error(operation, *self._to_blame) from cause
+        if self._within is not None:
+            self._within.check_lost(operation, cause, GRACE_S if self._to_blame else 0.0)
+        self.check_lost(operation, cause)
         if self._closed:
             raise GroupError(f"{operation} {self._here()}: this rank has {self._closed} the group") from cause
+
+    def check_lost(self, operation: str, cause: Exception | None = None, patience_s: float = 0.0) -> None:
+        """GroupError where a rank is lost; one that is about to be noticed is waited for."""
+        if patience_s and not self._to_blame:
+            with self._changed:
+                self._changed.wait_for(lambda: self._to_blame, patience_s)
+        if self._to_blame:
+            raise self._error(operation, *self._to_blame) from cause
 
     def check_waiting(self, operation: str, peer: int, since: float) -> None:
         """The same for one that waits for `peer`, since `since` (of time.monotonic)."""
@@ -101,9 +123,6 @@ class Peers:
             raise GroupError(
                 f"rank {peer} has not come to {operation} {self._here()} within {self.timeout_s:g} s", peer
             )
-
-    def has_left(self, peer: int) -> bool:
-        return peer in self._gone
 
     def wait_for_key(self, key: str, operation: str, peer: int) -> bytes:
         """What `peer` puts into the store under `key`."""
@@ -127,10 +146,11 @@ class Peers:
 
         threading.Thread(target=run, name=operation, daemon=True).start()
         with self.during(operation):
-            while True:
+            while not future.done():
                 with suppress(TimeoutError):
-                    return future.result(POLL_S)
+                    return future.result(SLICE_S)
                 self.check(operation)
+            return future.result()
 
     def abort(self) -> None:
         """Tell every rank that this one gives up; whoever waits for it gets an error."""
@@ -155,6 +175,7 @@ class Peers:
                 peer_socket.shutdown(socket.SHUT_RD)
         if self._watcher is not None and self._watcher is not threading.current_thread():
             self._watcher.join()
+        self._interrupt = _nothing  # a cycle less: the group's memory and sockets go with its last user
         self._drop()
 
     def _drop(self) -> None:
@@ -169,11 +190,13 @@ class Peers:
         token = secrets.token_hex(16)
         hosts = {}
         with socket.create_server((self.address, 0), family=family, backlog=self.world_size) as listener:
-            listener.settimeout(POLL_S)
+            listener.settimeout(SLICE_S)
             own = {"address": self.address, "port": listener.getsockname()[1], "token": token, "node": self.nodes[0]}
             store.set(f"peer{self.rank}", json.dumps(own))
             hosts[self.rank] = own
             while len(self._sockets) < self.world_size - 1 or len(hosts) < self.world_size:
+                if self._within is not None:
+                    self._within.check_lost("connect")
                 for peer in set(range(self.world_size)) - set(hosts):
                     if store.check([f"peer{peer}"]):
                         hosts[peer] = json.loads(store.get(f"peer{peer}"))

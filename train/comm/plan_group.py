@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from train.comm.algorithms import ring
+from train.comm.peers import Peers
 from train.comm.plan import Plan
 from train.comm.torch_group import TorchGroup
-from train.comm.turns import Turns, check_summed, flat
+from train.comm.turns import check_summed, flat
 from train.mesh.mesh import Mesh
 from train.mesh.topologies import Star
 from train.mesh.topology import LinkClass
@@ -50,10 +51,11 @@ class PlanGroup(TorchGroup):
         over: Literal["gloo", "nccl"] = "gloo",
         axes: dict[str, int] | None = None,
         timeout_s: float = 600.0,
+        within: Peers | None = None,
     ) -> None:
         if axes is not None:  # before anything connects
             algorithm(worker_mesh(world_size, axes))
-        super().__init__(rank, world_size, store, device, over, timeout_s)
+        super().__init__(rank, world_size, store, device, over, timeout_s, within)
         try:
             self.plan = algorithm(worker_mesh(world_size, axes or _axes(self._peers.nodes)))
         except ValueError:
@@ -61,7 +63,6 @@ class PlanGroup(TorchGroup):
             raise
         self._algorithm = algorithm
         self._schedule = tuple(schedule(self.plan, rank))
-        self._turns = Turns(self._peers)
 
     def _name(self) -> str:
         return f"plan over {self.backend}"
@@ -106,16 +107,8 @@ class PlanGroup(TorchGroup):
         store = self._substore()
         if self.rank not in ranks:
             return None
-        settings = {"algorithm": self._algorithm, "over": self.backend, "timeout_s": self._timeout_s}
-        return PlanGroup(ranks.index(self.rank), len(ranks), store, self._device, **settings)
-
-    def abort(self) -> None:
-        super().abort()
-        self._turns.end()
-
-    def close(self) -> None:
-        super().close()
-        self._turns.end()
+        where = ranks.index(self.rank), len(ranks), store, self._device
+        return PlanGroup(*where, self._algorithm, self.backend, None, self._timeout_s, self._peers)
 
 
 def worker_mesh(world_size: int, axes: dict[str, int]) -> Mesh:

@@ -8,21 +8,23 @@ is seen after the sem_wait or sem_trywait that it ends (POSIX.1-2017, 4.12 Memor
 """
 
 import ctypes
+import errno
 import mmap
 import os
 import time
+import weakref
 from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from train.comm.peers import SLICE_S
+
 FOLDER = "/dev/shm"
 SEMAPHORE_BYTES = 64
 """More than glibc's 32 and musl's 32, and a cache line of its own."""
 SPIN_S = 100e-6
-SLICE_S = 0.05
-"""How long a process sleeps before it looks whether its peer is still there."""
 
 
 class _Timespec(ctypes.Structure):
@@ -44,26 +46,25 @@ class Segment:
                 raise ValueError(too_small(self.nbytes)) from error
         else:
             self._file = os.open(reference, os.O_RDWR)
-        self._map = mmap.mmap(self._file, self.nbytes)
-        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._memory = _mapped(self._file, self.nbytes)
 
     @property
     def reference(self) -> str:
         return f"/proc/{os.getpid()}/fd/{self._file}"
 
     def close_file(self) -> None:
-        """Once everyone has mapped it."""
+        """Once everyone has mapped it: the memory alone is left."""
         os.close(self._file)
 
     def tensor(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
         """`count` elements from byte `offset` on; they keep the mapping alive."""
         if count == 0:
             return torch.empty(0, dtype=dtype)
-        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset)
+        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset)
 
     def semaphores(self, offset: int, ranks: int, value: int | None) -> list[list["Semaphore"]]:
         """[from][to], from byte `offset` on; one process gives the `value` they start with, before others use them."""
-        made = [Semaphore(self._base + offset + SEMAPHORE_BYTES * i) for i in range(ranks * ranks)]
+        made = [Semaphore(self._memory, offset + SEMAPHORE_BYTES * i) for i in range(ranks * ranks)]
         if value is not None:
             for semaphore in made:
                 semaphore.make(value)
@@ -71,10 +72,10 @@ class Segment:
 
 
 class Semaphore:
-    """A counting semaphore at an address of shared memory."""
+    """A counting semaphore in shared memory, which it keeps mapped."""
 
-    def __init__(self, address: int) -> None:
-        self._at = ctypes.c_void_p(address)
+    def __init__(self, memory: ctypes.Array, offset: int) -> None:
+        self._memory, self._at = memory, ctypes.c_void_p(ctypes.addressof(memory) + offset)
         quick, slow = _libc()
         self._init, self._post, self._try = quick.sem_init, quick.sem_post, quick.sem_trywait
         self._wait = slow.sem_timedwait
@@ -111,6 +112,20 @@ class Semaphore:
         whole = int(until)
         limit = _Timespec(whole, int((until - whole) * 1e9))
         return self._wait(self._at, ctypes.byref(limit)) == 0
+
+
+def _mapped(file: int, nbytes: int) -> ctypes.Array:
+    """The file as an array, unmapped with its last user. (Python's own mmap would keep the file open.)"""
+    _, libc = _libc()
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    address = libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, file, 0)
+    if address in (None, ctypes.c_void_p(-1).value):
+        raise OSError(errno.ENOMEM, f"mmap of {nbytes:,} bytes failed")
+    memory = (ctypes.c_char * nbytes).from_address(address)
+    weakref.finalize(memory, libc.munmap, address, nbytes).atexit = False
+    return memory
 
 
 @cache

@@ -31,10 +31,17 @@ DTYPES = (
 
 
 class ShmGroup:
-    """`store` and `timeout_s` as in TorchGroup; `piece_kib`: what a rank has in each of the pieces in hand."""
+    """`store`, `timeout_s`, `within`: as TorchGroup's; `piece_kib`: what a rank has in each of the pieces in hand."""
 
     def __init__(
-        self, rank: int, world_size: int, store: Any, device: str, timeout_s: float = 600.0, piece_kib: int = 1024
+        self,
+        rank: int,
+        world_size: int,
+        store: Any,
+        device: str,
+        timeout_s: float = 600.0,
+        piece_kib: int = 1024,
+        within: Peers | None = None,
     ) -> None:
         if not device.startswith("cpu"):
             raise ValueError(f"backend=shm moves CPU memory only, and device={device}; use backend=nccl or device=cpu")
@@ -43,7 +50,7 @@ class ShmGroup:
         self.rank, self.world_size = rank, world_size
         self._settings = device, timeout_s, piece_kib
         self._store = distributed.HashStore() if store is None else store
-        self._peers = Peers("shm", rank, world_size, self._store, timeout_s)
+        self._peers = Peers("shm", rank, world_size, self._store, timeout_s, within)
         self._turns = Turns(self._peers)
         self._subgroups = self._segments = self._operations = self._piece = 0
         self._scratch: dict[torch.dtype, Tensor] = {}
@@ -197,7 +204,7 @@ class ShmGroup:
 
     def _all_gather(self, tensor: Tensor) -> Tensor:
         self._sign("all_gather", tensor)
-        out, elements = tensor.new_empty((self.world_size, *tensor.shape)), tensor.reshape(-1)
+        out, elements = tensor.new_empty((self.world_size, *tensor.shape)), tensor.contiguous().view(-1)
         rows, width = out.view(self.world_size, len(elements)), self._piece_bytes // tensor.element_size()
         for first in range(0, max(1, len(elements)), width):
             piece = elements[first : first + width]
@@ -305,15 +312,15 @@ class ShmGroup:
         if self.rank not in ranks:
             return None
         store = distributed.PrefixStore(f"subgroup{self._subgroups}", self._store)
-        return ShmGroup(ranks.index(self.rank), len(ranks), store, *self._settings)
+        return ShmGroup(ranks.index(self.rank), len(ranks), store, *self._settings, self._peers)
 
     def abort(self) -> None:
         self._peers.abort()
-        self._turns.end()
+        self._turns.close()
 
     def close(self) -> None:
         self._peers.close()
-        self._turns.end()
+        self._turns.close()
 
 
 def slices(count: int, parts: int) -> list[slice]:

@@ -1,66 +1,94 @@
 """The operations of a group that has no queue of its own: one after another, in the caller's thread or beside it."""
 
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from train.comm.peers import Peers
+from train.comm.peers import SLICE_S, GroupError, Peers
 
+# those that gloo adds
 SUMMED = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+    *(torch.int64, torch.int32, torch.int8, torch.uint8),
 )
 
 
 class Pending:
     """An operation under way; `wait` ends it, and raises what went wrong in it."""
 
-    def __init__(self, wait: Callable[[], Any], peers: Peers | None = None, operation: str = "") -> None:
-        self._wait, self._peers, self._operation = wait, peers, operation
+    def __init__(self, wait: Callable[[], Any]) -> None:
+        self._wait = wait
 
     def wait(self) -> None:
-        if self._peers is None:
-            self._wait()
-        else:
-            with self._peers.during(self._operation):
-                self._wait()
+        self._wait()
 
 
 class Turns:
-    """Every rank calls a group's operations in the same order, and each ends before the next one begins."""
+    """Every rank calls a group's operations in the same order, and each ends before the next one begins.
 
-    def __init__(self, peers: Peers) -> None:
-        self._peers = peers
-        self._thread: ThreadPoolExecutor | None = None
+    apart: run all of them in a thread of their own, as ones that nothing ends when a peer dies; the caller is told,
+    and the thread is left behind.
+    """
+
+    def __init__(self, peers: Peers, apart: bool = False) -> None:
+        self._peers, self._apart = peers, apart
+        self._queue: SimpleQueue | None = None
         self._last: Future | None = None
 
     def run(self, operation: str, function: Callable[[], Any], async_op: bool = False) -> Any:
         """What `function` returns, or with `async_op` a Pending. Errors become GroupError."""
         self._peers.check(operation)
-        if async_op:
-            if self._thread is None:
-                threads = torch.get_num_threads()  # the count is a thread's own
-                self._thread = ThreadPoolExecutor(1, operation, torch.set_num_threads, (threads,))
-            self._last = self._thread.submit(self._turn, operation, function)
-            return Pending(self._last.result)
+        if async_op or self._apart:
+            future = self._last = self._begin(operation, function)
+            return Pending(lambda: self._end(operation, future)) if async_op else self._end(operation, future)
         if self._last is not None:
-            if not self._last.done():
-                self._last.exception()  # waits; an error of its own is raised where it is waited for
+            with suppress(GroupError, ValueError):  # an error of its own is raised where it is waited for
+                self._end(operation, self._last)
             self._last = None
         return self._turn(operation, function)
+
+    def close(self) -> None:
+        """Call it after the peers have been told: what is under way then ends by itself."""
+        if self._queue is not None:
+            self._queue.put(None)
+            self._queue = None
+
+    def _begin(self, operation: str, function: Callable[[], Any]) -> Future:
+        if self._queue is None:
+            self._queue = SimpleQueue()
+            threads = torch.get_num_threads()  # the count is a thread's own
+            threading.Thread(target=_work, args=(self._queue, threads), name="turns", daemon=True).start()
+        future: Future = Future()
+        self._queue.put((future, lambda: self._turn(operation, function)))
+        return future
+
+    def _end(self, operation: str, future: Future) -> Any:
+        while not future.done():
+            with suppress(TimeoutError):
+                return future.result(SLICE_S)
+            self._peers.check(operation)
+        return future.result()
 
     def _turn(self, operation: str, function: Callable[[], Any]) -> Any:
         with self._peers.during(operation):
             return function()
 
-    def end(self) -> None:
-        """Call it after the peers have been told: what is under way then ends with an error, or by itself."""
-        if self._thread is not None:
-            self._thread.shutdown()
+
+def _work(queue: SimpleQueue, threads: int) -> None:
+    torch.set_num_threads(threads)
+    while task := queue.get():
+        future, function = task
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+        del task, future, function  # while it waits for the next one, nothing is kept
 
 
 @contextmanager
