@@ -180,6 +180,7 @@ def result(layouts: list[Layout], sizes: list[int], repetitions: int) -> dict:
         links += found["links"]
         rows += found["rows"]
     machine = {"cores": os.cpu_count(), "kernel": platform.release(), "load": load, "repetitions": repetitions}
+    machine |= {"card_mbit": layouts[0].card_mbit, "port_mbit": layouts[0].port_mbit}
     return {"machine": machine, "links": links, "rows": rows, "aims": aims(rows)}
 
 
@@ -259,7 +260,7 @@ One way, and how far the line alpha + bytes / rate is above it.
 
 ## How the links are made, and why
 
-- {CARD_MBIT} Mbit/s between hosts and {PORT_MBIT} inside, never above {shaped_network.MOST_MBIT}: all hosts
+- {machine["card_mbit"]} Mbit/s between hosts and {machine["port_mbit"]} inside, never above {shaped_network.MOST_MBIT}: all hosts
   share the cores of one machine, and these must not be what takes the time (last column of the all-reduces).
 - Frames of up to {shaped_network.MTU:,} bytes, as RoCE's largest messages need; 1,500 would keep a core busy.
 - A bucket holds one frame ({shaped_network.BURST_BYTES:,} bytes), as a wire can't send ahead of its time.

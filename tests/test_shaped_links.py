@@ -143,7 +143,7 @@ def found_of(text: str) -> dict:
     took = [[seconds(of, name, nbytes)[1]] * 5 for name, nbytes, _ in order["all_reduce"]]
     raw = {"ping_pong": times, "all_reduce": took, "busy": [0.5] * len(took)}
     made = script.compare(of, order, raw)
-    machine = {"cores": 2, "kernel": "6.1", "load": 0.0, "repetitions": 5}
+    machine = {"cores": 2, "kernel": "6.1", "load": 0.0, "repetitions": 5, "card_mbit": 100, "port_mbit": 200}
     return {"machine": machine, **made, "aims": script.aims(made["rows"])}
 
 
