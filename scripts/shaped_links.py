@@ -260,8 +260,9 @@ One way, and how far the line alpha + bytes / rate is above it.
 
 ## How the links are made, and why
 
-- {machine["card_mbit"]} Mbit/s between hosts and {machine["port_mbit"]} inside, never above {shaped_network.MOST_MBIT}: all hosts
-  share the cores of one machine, and these must not be what takes the time (last column of the all-reduces).
+- {machine["card_mbit"]} Mbit/s between hosts and {machine["port_mbit"]} inside, never above
+  {shaped_network.MOST_MBIT}: all hosts share the cores of one machine, and these must not be what takes the time (last
+  column of the all-reduces).
 - Frames of up to {shaped_network.MTU:,} bytes, as RoCE's largest messages need; 1,500 would keep a core busy.
 - A bucket holds one frame ({shaped_network.BURST_BYTES:,} bytes), as a wire can't send ahead of its time.
 - Queues of {size(shaped_network.QUEUE_BYTES)}, more than all windows together: nothing is dropped, as on RoCE.

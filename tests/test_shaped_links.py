@@ -16,6 +16,7 @@ from scripts import shaped_links as script
 from scripts import shaped_network
 from scripts.shaped_mesh import ALGORITHMS, Line, fit, mesh
 from scripts.shaped_network import Layout
+from train.comm.peers import Peers
 from train.comm.plan_group import PlanGroup, Turn, worker_mesh
 from train.sim.flow import Flow
 from train.sim.network import AlphaBeta
@@ -98,6 +99,26 @@ def test_a_rank_asks_for_a_round_s_messages_before_it_sends_its_own() -> None:
     for reduce in (True, False):
         group._take_turn(Turn(((1, 0, 1),), ((2, 1, 2),), reduce), torch.zeros(8), 4)
     assert calls == [("recv", 2), ("send", 1)] * 2
+
+
+def test_a_collective_that_ends_just_as_waiting_for_it_is_given_up_has_not_failed() -> None:
+    """Eight hosts that share two cores met this: gloo's "Operation timed out!" of an operation that was done."""
+
+    class Work:
+        waited = 0
+
+        def is_completed(self) -> bool:
+            return self.waited > 0
+
+        def wait(self, timeout: object = None) -> None:
+            self.waited += 1
+            if timeout is not None:
+                raise RuntimeError("Operation timed out!")
+
+    group, work = PlanGroup.__new__(PlanGroup), Work()
+    group.backend, group._peers = "gloo", Peers("gloo", 0, 1, None, 1.0)
+    group._wait("all_gather", work)
+    assert work.waited == 2
 
 
 def row(layout: str, nbytes: int, algorithm: str, took: float, predicted: float) -> dict:
