@@ -38,6 +38,7 @@ MIB = (1 / 16, 1, 4, 16)
 CARD_MBIT, PORT_MBIT = 100, 200
 PING_PONG_BYTES = (4, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
 SHORT, SHORT_BYTES = 51, 1 << 20
+PING_PONGS = 7  # of a long message
 NETWORKS = {"alpha_beta": AlphaBeta, "flow": Flow}
 FROM_BYTES = 4 << 20  # the aims are for these and larger ones
 MEDIAN, WORST, APART = 0.10, 0.20, 0.10
@@ -229,9 +230,9 @@ def document(found: dict) -> str:
     return f"""# The network models beside real all-reduces on shaped links
 
 Written by `python scripts/shaped_links.py --docs`, as root on {machine["cores"]} cores under Linux {machine["kernel"]},
-which had a load of {machine["load"]:.1f} before; medians of {machine["repetitions"]}, of short messages more. Each chip
-is a network namespace with a process of its own; cards and ports are veth pairs whose two ends have a token bucket (`tc
-tbf`), so that every link carries its rate in both directions at once.
+which had a load of {machine["load"]:.1f} before; medians of {machine["repetitions"]}, of short messages and ping-pong more.
+Each chip is a network namespace with a process of its own; cards and ports are veth pairs whose two ends have a token
+bucket (`tc tbf`), so that every link carries its rate in both directions at once.
 
 The mesh is made from ping-pong alone, from the line through {smallest} and {largest}. `train/sim` prices each plan on
 that mesh; the backend `plan` (`train/comm/plan_group.py`) sends the same plan's messages over gloo and TCP. A measured
