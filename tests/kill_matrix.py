@@ -152,8 +152,8 @@ def count_sockets() -> int:
 
 
 def held_by_gloo() -> bool:
-    """Whether a message cut off in the middle keeps a thread, and with it two sockets, until gloo's timeout."""
-    return any(thread.name == "turns" for thread in threading.enumerate())
+    """Whether gloo waits for the rest of a message, or for a rank to connect, until its timeout: it can't be told."""
+    return any(thread.name in ("turns", "connect") for thread in threading.enumerate())
 
 
 def victims(backend: str) -> tuple[int, tuple[int, ...]]:

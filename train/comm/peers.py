@@ -67,8 +67,10 @@ class Peers:
             self._store = store
             try:
                 self._connect(store)
-            except BaseException:
-                self._drop()
+            except BaseException as error:
+                if isinstance(error, GroupError) and error.peer is not None:
+                    self._to_blame = error.peer, LOST
+                self.abort()
                 raise
             self._watcher = threading.Thread(target=self._watch, name="peers", daemon=True)
             self._watcher.start()
