@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.comm.peers import SLICE_S, GroupError, Peers
+from train.comm.groups import PeerLost
+from train.comm.peers import SLICE_S, Peers
 
 # those that gloo adds
 SUMMED = (
@@ -42,7 +43,7 @@ class Turns:
         self._last: Future | None = None
 
     def run(self, operation: str, function: Callable[[], Any], async_op: bool = False) -> Any:
-        """What `function` returns, or with `async_op` a Pending. Errors become GroupError."""
+        """What `function` returns, or with `async_op` a Pending. Errors become PeerLost."""
         self._peers.check(operation)
         if self._apart and not async_op:
             return self._end(operation, self._begin(operation, function))
@@ -50,7 +51,7 @@ class Turns:
             future = self._last = self._begin(operation, function)
             return Pending(lambda: self._end(operation, future))
         if self._last is not None:
-            with suppress(GroupError, ValueError):  # an error of its own is raised where it is waited for
+            with suppress(PeerLost, ValueError):  # an error of its own is raised where it is waited for
                 self._end(operation, self._last)
             self._last = None
         return self._turn(operation, function)
