@@ -230,7 +230,7 @@ def document(found: dict) -> str:
     return f"""# The network models beside real all-reduces on shaped links
 
 Written by `python scripts/shaped_links.py --docs`, as root on {machine["cores"]} cores under Linux {machine["kernel"]},
-which had a load of {machine["load"]:.1f} before; medians of {machine["repetitions"]}, of short messages and ping-pong more.
+with a load of {machine["load"]:.1f} before; medians of {machine["repetitions"]}, of short messages and ping-pong more.
 Each chip is a network namespace with a process of its own; cards and ports are veth pairs whose two ends have a token
 bucket (`tc tbf`), so that every link carries its rate in both directions at once.
 

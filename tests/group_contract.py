@@ -27,7 +27,7 @@ from torch.distributed import PrefixStore
 from train.comm import peers
 from train.comm.aggregation import meeting_order
 from train.comm.algorithms import ring
-from train.comm.peers import GroupError
+from train.comm.groups import PeerLost
 from train.comm.plan import run_on_arrays
 from train.comm.plan_group import worker_mesh
 from train.comm.turns import SUMMED
@@ -336,7 +336,7 @@ class Contract:
                 group.abort()
             try:
                 group.all_reduce(value)
-            except GroupError as error:
+            except PeerLost as error:
                 assert "all_reduce" in str(error) and f"rank {self.rank} of {self.n}" in str(error), error
             else:
                 raise AssertionError("no error after a rank gave up")

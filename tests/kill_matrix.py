@@ -23,7 +23,7 @@ from rank_processes import run_ranks
 from torch.distributed import PrefixStore
 
 from train.comm import peers
-from train.comm.peers import GroupError
+from train.comm.groups import PeerLost
 
 LIMIT_S = 1.0
 SHORT_TIMEOUT_S = 2.0
@@ -98,7 +98,7 @@ def live_and_die(rank: int, n: int, store: Any, backend: str, phase: str, victim
         if rank == victim:
             meet_the_end(group, store, kind, operation)
         outlive(group, kind, operation)
-    except GroupError as error:
+    except PeerLost as error:
         saw = {"seconds": time.monotonic() - float(store.get("killed")), "text": str(error), "peer": error.peer}
     if kind == "unannounced":
         peers.Peers.__init__ = patient
@@ -152,8 +152,8 @@ def count_sockets() -> int:
 
 
 def held_by_gloo() -> bool:
-    """Whether a message cut off in the middle keeps a thread, and with it two sockets, until gloo's timeout."""
-    return any(thread.name == "turns" for thread in threading.enumerate())
+    """Whether gloo waits for the rest of a message, or for a rank to connect, until its timeout: it can't be told."""
+    return any(thread.name in ("turns", "connect") for thread in threading.enumerate())
 
 
 def victims(backend: str) -> tuple[int, tuple[int, ...]]:

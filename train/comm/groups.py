@@ -8,14 +8,23 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from train.comm.torch_group import TorchGroup
+
+class PeerLost(RuntimeError):
+    """An operation of a group could not be ended: a rank is gone or has given up; the group is of no use any more.
+
+    peer: the rank that is to blame, where one is known.
+    """
+
+    def __init__(self, text: str, peer: int | None = None) -> None:
+        super().__init__(text)
+        self.peer = peer
 
 
 class Group(Protocol):
     """The workers of a run. Every rank calls the same operations in the same order, with equal shapes and dtypes.
 
     Results, in place or returned, have the same bits on every rank. When a rank dies or gives up, every other one's
-    operation ends within a second with a GroupError (train.comm.peers) that names that rank and the operation, and so
+    operation ends within a second with a PeerLost that names that rank and the operation, and so
     does every later one; `abort`, then, and a new group of those that are left, with a new prefix of the store.
     """
 
@@ -102,4 +111,6 @@ def connect(rank: int, world_size: int, store: Any, device: str) -> Group:
     """backend=auto: one worker needs no transport, GPUs use NCCL, processors gloo."""
     if world_size == 1:
         return SingleGroup()
+    from train.comm.torch_group import TorchGroup  # which needs what is here
+
     return TorchGroup(rank, world_size, store, device, backend="nccl" if device.startswith("cuda") else "gloo")

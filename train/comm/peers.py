@@ -19,20 +19,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from train.comm.groups import PeerLost
+
 LOST, GAVE_UP, LEFT = "is gone (killed, crashed or unreachable)", "gave up", "has left the group"
 BYE, ABORT = b"b", b"a"
 GRACE_S = 0.5
 """How long after a transport's error the connections are given to say whose fault it was."""
 SLICE_S = 0.05
 """How long a rank waits before it looks whether its peers are still there."""
-
-
-class GroupError(RuntimeError):
-    """An operation of a group could not be ended. `peer`: the rank that is to blame, where one is known."""
-
-    def __init__(self, text: str, peer: int | None = None) -> None:
-        super().__init__(text)
-        self.peer = peer
 
 
 class Peers:
@@ -47,7 +41,7 @@ class Peers:
         timeout_s: float,
         within: "Peers | None" = None,
     ) -> None:
-        """Returns once all ranks have connected; GroupError when one is missing after `timeout_s`, or dies meanwhile.
+        """Returns once all ranks have connected; PeerLost when one is missing after `timeout_s`, or dies meanwhile.
 
         `store`: a c10d store, new or under a new prefix for every group; one rank alone needs none.
         `within`: those of the group that this one is a part of; who is lost there is lost here.
@@ -67,8 +61,10 @@ class Peers:
             self._store = store
             try:
                 self._connect(store)
-            except BaseException:
-                self._drop()
+            except BaseException as error:
+                if isinstance(error, PeerLost) and error.peer is not None:
+                    self._to_blame = error.peer, LOST
+                self.abort()
                 raise
             self._watcher = threading.Thread(target=self._watch, name="peers", daemon=True)
             self._watcher.start()
@@ -82,11 +78,11 @@ class Peers:
 
     @contextmanager
     def during(self, operation: str) -> Iterator[None]:
-        """Errors inside, which are the transport's, become a GroupError that names the rank and the operation."""
+        """Errors inside, which are the transport's, become a PeerLost that names the rank and the operation."""
         self.check(operation)
         try:
             yield
-        except GroupError:
+        except PeerLost:
             raise
         except RuntimeError as error:
             end = time.monotonic() + GRACE_S
@@ -96,18 +92,18 @@ class Peers:
             self.check(operation, error)
             for peer in self._gone:
                 raise self._error(operation, peer, LEFT) from error
-            raise GroupError(f"{operation} {self._here()} failed: {' '.join(str(error).split())}") from error
+            raise PeerLost(f"{operation} {self._here()} failed: {' '.join(str(error).split())}") from error
 
     def check(self, operation: str, cause: Exception | None = None) -> None:
-        """GroupError where a rank is lost, or this one has left."""
+        """PeerLost where a rank is lost, or this one has left."""
         if self._within is not None:
             self._within.check_lost(operation, cause, GRACE_S if self._to_blame else 0.0)
         self.check_lost(operation, cause)
         if self._closed:
-            raise GroupError(f"{operation} {self._here()}: this rank has {self._closed} the group") from cause
+            raise PeerLost(f"{operation} {self._here()}: this rank has {self._closed} the group") from cause
 
     def check_lost(self, operation: str, cause: Exception | None = None, patience_s: float = 0.0) -> None:
-        """GroupError where a rank is lost; one that is about to be noticed is waited for."""
+        """PeerLost where a rank is lost; one that is about to be noticed is waited for."""
         if patience_s and not self._to_blame:
             with self._changed:
                 self._changed.wait_for(lambda: self._to_blame, patience_s)
@@ -120,9 +116,7 @@ class Peers:
         if peer in self._gone:
             raise self._error(operation, peer, self._gone[peer])
         if time.monotonic() - since > self.timeout_s:
-            raise GroupError(
-                f"rank {peer} has not come to {operation} {self._here()} within {self.timeout_s:g} s", peer
-            )
+            raise PeerLost(f"rank {peer} has not come to {operation} {self._here()} within {self.timeout_s:g} s", peer)
 
     def wait_for_key(self, key: str, operation: str, peer: int) -> bytes:
         """What `peer` puts into the store under `key`."""
@@ -243,7 +237,7 @@ class Peers:
                 raise self._error("connect", *self._farewell(peer, peer_socket)[:2])
         if time.monotonic() > deadline:
             missing = missing or set(range(self.world_size)) - set(self._sockets) - {self.rank}
-            raise GroupError(
+            raise PeerLost(
                 f"connect {self._here()}: peer rank {min(missing)} has not come within {self.timeout_s:g} s",
                 min(missing),
             )
@@ -283,8 +277,8 @@ class Peers:
             return to_blame, GAVE_UP if to_blame == peer else LOST, False
         return (peer, LEFT, True) if word[:1] == BYE else (peer, LOST, False)
 
-    def _error(self, operation: str, peer: int, why: str) -> GroupError:
-        return GroupError(f"peer rank {peer} {why}: {operation} {self._here()} ended", peer)
+    def _error(self, operation: str, peer: int, why: str) -> PeerLost:
+        return PeerLost(f"peer rank {peer} {why}: {operation} {self._here()} ended", peer)
 
     def _here(self) -> str:
         return f"on rank {self.rank} of {self.world_size} (backend={self.backend})"

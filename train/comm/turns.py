@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.comm.peers import SLICE_S, GroupError, Peers
+from train.comm.groups import PeerLost
+from train.comm.peers import SLICE_S, Peers
 
 # those that gloo adds
 SUMMED = (
@@ -42,19 +43,22 @@ class Turns:
         self._last: Future | None = None
 
     def run(self, operation: str, function: Callable[[], Any], async_op: bool = False) -> Any:
-        """What `function` returns, or with `async_op` a Pending. Errors become GroupError."""
+        """What `function` returns, or with `async_op` a Pending. Errors become PeerLost."""
         self._peers.check(operation)
-        if async_op or self._apart:
+        if self._apart and not async_op:
+            return self._end(operation, self._begin(operation, function))
+        if async_op:
             future = self._last = self._begin(operation, function)
-            return Pending(lambda: self._end(operation, future)) if async_op else self._end(operation, future)
+            return Pending(lambda: self._end(operation, future))
         if self._last is not None:
-            with suppress(GroupError, ValueError):  # an error of its own is raised where it is waited for
+            with suppress(PeerLost, ValueError):  # an error of its own is raised where it is waited for
                 self._end(operation, self._last)
             self._last = None
         return self._turn(operation, function)
 
     def close(self) -> None:
         """Call it after the peers have been told: what is under way then ends by itself."""
+        self._last = None
         if self._queue is not None:
             self._queue.put(None)
             self._queue = None
@@ -69,11 +73,14 @@ class Turns:
         return future
 
     def _end(self, operation: str, future: Future) -> Any:
-        while not future.done():
-            with suppress(TimeoutError):
-                return future.result(SLICE_S)
-            self._peers.check(operation)
-        return future.result()
+        try:
+            while not future.done():
+                with suppress(TimeoutError):
+                    return future.result(SLICE_S)
+                self._peers.check(operation)
+            return future.result()
+        finally:
+            del future  # an error knows this frame: no cycle may keep alive what the operation held
 
     def _turn(self, operation: str, function: Callable[[], Any]) -> Any:
         with self._peers.during(operation):
