@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 PREFIX = "shaped"
 MOST_MBIT = 500  # above, two processor cores would be the link
-MTU = 4200  # what RoCE's largest message needs; frames of 1,500 alone would keep a core busy
+MTU = 4200  # what RoCE's largest packets (4,096 bytes) need; frames of 1,500 would keep a core busy
 BURST_BYTES = 4300
 """Of a bucket: one full frame and not two, as a wire can't send ahead of its time."""
 QUEUE_BYTES = 8 << 20
