@@ -104,7 +104,7 @@ def join(settings: dict, chips: dict[str, int], num_cpus: int) -> Iterator[Clust
         if _has_token():
             os.environ.setdefault("RAY_AUTH_MODE", "token")  # as Ray has it for the cluster of this machine
     if address is not None:
-        _call(address)
+        _call(address, settings["wait_s"])
     if not settings["expose"] and (address is None or address.startswith(("127.", "localhost:"))):
         os.environ[LOOPBACK_VARIABLE] = "0"
     import ray
@@ -173,15 +173,21 @@ def _noted_address() -> str:
     return address
 
 
-def _call(address: str) -> None:
-    """ValueError where nobody answers; Ray itself would try for two minutes."""
+def _call(address: str, wait_s: float) -> None:
+    """ValueError where nobody answers within `wait_s`; Ray itself would try for two minutes."""
     if not re.fullmatch(r"[^/]+:\d{1,5}", address):
         raise ValueError(f"cluster.address={address}: must be host:port of a Ray head, auto, or null; {REMEDY}")
     host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"cluster.address={address}: no Ray head answers there ({error}); {REMEDY}") from None
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() >= deadline or isinstance(error, OverflowError):
+                problem = f"no Ray head answers there ({error})"
+                raise ValueError(f"cluster.address={address}: {problem}; {REMEDY}") from None
+        time.sleep(LOOK_EVERY_S)
 
 
 def _connect(address: str) -> None:

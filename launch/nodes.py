@@ -130,6 +130,16 @@ def address_of(key: str, interface: str) -> str:
     return address
 
 
+def own_address(interface: str | None) -> str:
+    """This machine's address on an interface, or else the one from which the kernel would send to the world."""
+    if interface:
+        return address_of("cluster.interface", interface)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # sends nothing; an address for documentation (RFC 5737)
+        return probe.getsockname()[0]
+    return socket.gethostbyname(socket.gethostname())
+
+
 def _address(interface: str) -> str | None:
     request = struct.pack("256s", interface.encode()[:15])  # the kernel's limit of a name
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):

@@ -17,6 +17,9 @@ from pathlib import Path  # noqa: E402
 from launch import compose, run_folder  # noqa: E402
 from launch.cluster import Cluster, exposure, join, settle  # noqa: E402
 from launch.console import Display  # noqa: E402
+from launch.controller import Controller  # noqa: E402
+from launch.decisions import Limits  # noqa: E402
+from launch.events import EventLog  # noqa: E402
 from launch.nodes import examine  # noqa: E402
 from launch.placement import Layout, ask, resource_name, wanted_workers  # noqa: E402
 from launch.worker_group import WorkerFailed, WorkerGroup, started  # noqa: E402
@@ -49,7 +52,7 @@ def train(config: dict, started_at: float | None = None) -> int:
             with started(layout.requests, cluster.loopback, config["cluster"]["interface"]) as group:
                 marks["worker processes"] = time.time()
                 said = group.prepare(config, checkpoint, layout.device, marks)
-                return _train(config, folder, checkpoint, group, said, marks["command"])
+                return _train(config, emulated, folder, checkpoint, group, said, marks["command"])
     except WorkerFailed as failure:  # before training: there is no run folder that could say so
         print(f"launch.run: {failure}", file=sys.stderr)
         return 1
@@ -66,7 +69,13 @@ def examine_nodes(config: dict, cluster: Cluster, layout: Layout) -> None:
 
 
 def _train(
-    config: dict, folder: Path, checkpoint: Path | None, group: WorkerGroup, said: dict, started_at: float
+    config: dict,
+    machine: Emulator,
+    folder: Path,
+    checkpoint: Path | None,
+    group: WorkerGroup,
+    said: dict,
+    started_at: float,
 ) -> int:
     """Everything that leaves traces: the folder, the training, the result, the report."""
     from train.records import find, load
@@ -77,13 +86,16 @@ def _train(
     claim = find(records, config["claim"]["record"])
     restarts = run_folder.read_json(folder / "env.json").get("restarts", -1) + 1
     environment = run_folder.environment() | {"contract": contract, "placement": group.placement()}
+    limits = Limits(config["max_restarts"], config["min_workers"], config["replacement_wait_s"])
+    split = blocks(config, machine.mesh)
+    controller = Controller(group, split, limits, config["hang_timeout_s"], EventLog(folder))
     held = run_folder.create(folder, config, environment | {"restarts": restarts}, resumed=checkpoint is not None)
     result, error = {"status": "failed"}, None
     try:
         write_reference_runs(folder.parent, [claim, *(find(records, name) for name in config["claim"]["neighbours"])])
         print(_opening(folder, checkpoint, contract, facts, group), flush=True)
         with Display() as display:
-            result = group.train(folder, display.update, config["hang_timeout_s"])
+            result = controller.run(folder, display.update)
     except (WorkerFailed, ValueError) as failure:
         error = str(failure)
     except KeyboardInterrupt:
@@ -100,6 +112,8 @@ def _train(
             "error": error,
             "wall_s": finished_at - started_at,
             "restarts": restarts,
+            "worker_restarts": controller.restarts,
+            "losses": controller.losses,
             "claim_s": claim.seconds,
             "first_step": phases(marks),
             "time_to_first_step_s": marks["first step"] - started_at if "first step" in marks else None,

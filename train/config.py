@@ -37,9 +37,20 @@ class Claim:
 
 @dataclass(frozen=True)
 class Launch:
-    kind: Literal["local", "ray_job"] = key("local: a process of this machine; ray_job: a job of a running Ray head")
+    kind: Literal["local", "ray_job", "slurm", "kuberay"] = key("a process here, or a job of Ray, Slurm, Kubernetes")
     address: str | None = key("ray_job: the head's job server, such as http://127.0.0.1:8265")
     fetch_to: str = key("action=fetch: folder that the run folder is copied into, under the job's id")
+    nodes: int = key("slurm, kuberay: machines")
+    minutes: int | None = key("slurm, kuberay: time limit; null: the partition's own, or none")
+    notice_s: int = key("slurm: seconds before the limit at which the run saves and is queued again to go on")
+    sbatch: dict[str, str] = key("slurm: further options of sbatch, such as {partition: gpu, gres: 'gpu:4'}")
+    image: str | None = key("kuberay: container image in which this program is installed")
+    volume: str | None = key("kuberay: claim of the volume that all pods mount at run_root")
+    namespace: str = key("kuberay: Kubernetes namespace")
+    cpus: int = key("kuberay: processors of a node")
+    gpus: int = key("kuberay: GPUs of a node")
+    memory_gbytes: int = key("kuberay: memory of a node")
+    apply: bool = key("kuberay: hand the manifest to kubectl; false: only write it")
 
 
 @dataclass(frozen=True)
@@ -144,6 +155,9 @@ class Config:
             _demand(self, name, lambda value: value >= 0, "must not be negative")
         for name in ("clip_norm", "loss_scale"):
             _demand(self, name, lambda value: isinstance(value, str) or value > 0, "must be above 0")
+        for name in ("nodes", "minutes", "notice_s", "cpus", "memory_gbytes"):
+            _demand(self.launch, name, lambda value: value >= 1, "must be at least 1", "launch.")
+        _demand(self.launch, "gpus", lambda value: value >= 0, "must not be negative", "launch.")
         _demand(self.cluster, "nodes", lambda value: value >= 1, "must be at least 1", "cluster.")
         _demand(self.cluster, "wait_s", lambda value: value >= 0, "must not be negative", "cluster.")
         _demand(self, "ema_decay", lambda value: 0 < value < 1, "must be above 0 and below 1")

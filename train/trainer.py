@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from train.comm.aggregation import Aggregator
 from train.comm.backup import Backup
-from train.comm.groups import Group
+from train.comm.groups import Group, PeerLost
 from train.data.loader import Prefetcher
 from train.data.order import Order, eval_batches
 from train.data.source import Source
@@ -96,6 +96,8 @@ class Trainer:
         self.progress = Progress()
         self.recent: deque[StepRecord | EvalRecord] = deque(maxlen=NUM_RECENT)
         self.wishes = wishes or {wish: threading.Event() for wish in Wish}
+        self.abandoned = threading.Event()
+        """Set from outside when a peer is known to be lost: the step at hand ends with PeerLost."""
         self._granted: set[Wish] = set()
         self._saved_at = (-1, time.monotonic())  # step, and when
         self._started_at = 0.0
@@ -105,6 +107,7 @@ class Trainer:
         self.group, self.gradients, self.statistics = part.group, part.gradients, part.statistics
         self.backup, self.passes, self.first_chip = part.backup, part.passes, part.passes[0].first
         self.damage = Damage(self.timeline, self.model, part.passes)
+        self.abandoned.clear()
 
     @property
     def total_steps(self) -> int:
@@ -282,6 +285,8 @@ class Trainer:
         stale = frozen_statistics(self.model, self.damage.stale_groups(step))
         with self.precision.autocast(self.device), stale:  # around all passes, so that the weights are cast once
             for chip_pass in self.passes:
+                if self.abandoned.is_set():
+                    raise PeerLost(f"rank {self.group.rank} of {self.group.world_size}, computing: told of a lost peer")
                 images, labels = (part.to(self.device) for part in next(loader))
                 loss, correct = self._forward_backward(chip_pass, images, labels, self.damage.lost_of(step, chip_pass))
                 contribution = self._take_gradients()
