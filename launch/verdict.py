@@ -67,8 +67,8 @@ def judged(config: dict) -> Verdict:
     made = machine(config)
     if passing := [fault.name for fault in made.faults if not fault.stands]:
         raise ValueError(
-            f"faults: a {passing[0]} strikes during a run, and the verdict is over machines as they stand; leave it out, "
-            "or have it broken in every step (slow_chip, slow_link)"
+            f"faults: a {passing[0]} strikes during a run, and the verdict is over machines as they stand; leave it "
+            "out, or have it broken in every step (slow_chip, slow_link)"
         )
     run, epochs = priced(made), records.load_epochs()
     result = made.run()
