@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from rank_processes import run_ranks
+from test_recovery import Dies, die_at, train_on
 from torch.distributed import PrefixStore
 from training_samples import tiny
 
@@ -45,9 +46,22 @@ def train(folder: Path, *overrides: str, resume_from: Path | None = None) -> dic
     return run_worker(tiny(*overrides), WorkerContext(), folder, resume_from)
 
 
-def in_two(rank: int, world_size: int, store, folder: Path) -> dict:
-    context = WorkerContext(rank=rank, world_size=world_size, store=PrefixStore("faults", store))
-    return run_worker(tiny(ALL, "checkpoint_steps=2"), context, folder)
+def in_two(rank: int, world_size: int, store, folder: Path) -> list[dict]:
+    """The faults in two processes; and once more, where one of the processes dies as well."""
+    results = []
+    for name in ("two", "one left"):
+        (folder / name).mkdir(exist_ok=True)
+        context = WorkerContext(rank=rank, world_size=world_size, store=PrefixStore(name, store))
+        worker = Worker(tiny(ALL, "checkpoint_steps=2"), context)
+        if (name, rank) == ("one left", 1):
+            die_at(worker, "summed", 2)
+        try:
+            results.append(worker.train(folder / name))
+        except Dies:
+            worker.group.abort()
+    if rank == 0:
+        results[-1] = train_on(worker, folder / "one left", store, [[0]], 0, 0)
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -83,19 +97,21 @@ def own_gradients(config: dict, chips: range | list[int]) -> list[torch.Tensor]:
     return [p.grad for p in model.parameters()]
 
 
-def test_a_faulted_run_has_the_same_bits_on_two_workers_and_after_a_resume(sound, broken, tmp_path):
-    (tmp_path / "two").mkdir()
-    results = run_ranks(2, in_two, tmp_path / "two")
-    assert [result["weights_sha256"] for result in results] == [broken[1]["weights_sha256"]] * 2
-    assert broken[1]["weights_sha256"] != sound[1]["weights_sha256"]
+def test_a_faulted_run_has_the_same_bits_on_two_workers_on_the_one_that_is_left_and_after_a_resume(
+    sound, broken, tmp_path
+):
+    (two, left), (other,) = run_ranks(2, in_two, tmp_path)
+    assert other["weights_sha256"] == two["weights_sha256"] and left["joined"]["source"] == "memory"
     shutil.copytree(tmp_path / "two", tmp_path / "resumed")
     saved = list_checkpoints(tmp_path / "resumed" / "checkpoints")[0]
     resumed = train(tmp_path / "resumed", ALL, "checkpoint_steps=2", resume_from=saved)
-    for result in (results[0], resumed):
+    for result in (two, left, resumed):
         for key in ("weights_sha256", "emulated_s", "faults", "top1", "eval_loss", "images"):
             assert result[key] == broken[1][key], key
-    values = [[(row["step"], row["emulated_s"]) for row in read_rows(tmp_path / name)] for name in ("two", "resumed")]
-    assert values[0] == values[1] == [(row["step"], row["emulated_s"]) for row in read_rows(broken[0])]
+    rows = [(row["step"], row["emulated_s"]) for row in read_rows(broken[0])]
+    for name in ("two", "one left", "resumed"):
+        assert [(row["step"], row["emulated_s"]) for row in read_rows(tmp_path / name)] == rows
+    assert broken[1]["weights_sha256"] != sound[1]["weights_sha256"]
 
 
 def test_a_checkpoint_of_a_run_with_faults_is_another_trainings(sound, broken, tmp_path):
