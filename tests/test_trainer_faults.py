@@ -125,6 +125,9 @@ def test_a_run_tells_what_struck_it(broken):
     told = [(event["fault"], event["step"]) for event in result["faults"]["events"]]
     expected = {("dead chip", 2), ("slow chip", 2), ("stale batch norm", 2), ("flipped bit", 3), ("slow link", 4)}
     assert set(told) >= expected | {("dead chip", 4)}
+    words = {event["fault"]: event["what"] for event in result["faults"]["events"]}
+    assert words["slow chip"] == "computes 3 times as long" and words["dead chip"] == "a spare takes over"
+    assert words["flipped bit"].startswith("bit 20 of its gradient of ")
     assert result["images"] == 2 * (24 + 3 * 23) and result["faults"]["lost_chips"] == 1
     rows = [row["values"] for row in read_rows(folder) if row["kind"] == "step"]
     assert [row["emulated/living_chips"] for row in rows] == [24, 23, 23, 23]
