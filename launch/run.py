@@ -20,6 +20,7 @@ from launch.console import Display  # noqa: E402
 from launch.controller import Controller  # noqa: E402
 from launch.decisions import Limits  # noqa: E402
 from launch.events import EventLog  # noqa: E402
+from launch.job_folder import check_run_root  # noqa: E402
 from launch.nodes import examine  # noqa: E402
 from launch.placement import Layout, ask, resource_name, wanted_workers  # noqa: E402
 from launch.worker_group import WorkerFailed, WorkerGroup, started  # noqa: E402
@@ -32,6 +33,7 @@ def train(config: dict, started_at: float | None = None) -> int:
     """Trains ResNet as the emulated mesh would; leaves a run folder and prints its report."""
     marks = {"command": started_at or time.time(), "configuration": time.time()}
     config = _absolute(config)
+    check_run_root(config)
     done = run_folder.finished(config)
     if done is not None:
         print(f"done already: {done}")
