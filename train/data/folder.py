@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from train.data.pixels import unreadable
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".tif", ".tiff", ".webp")
 EVAL_NAMES = ("val", "test")
 LAYOUT = "expected train/<class>/*.jpg and val/<class>/*.jpg"
@@ -24,6 +26,16 @@ class ImageFolder:
 
     def path(self, index: int) -> str:
         return os.path.join(self.root, self.files[index])
+
+    place = path
+
+    def read(self, index: int) -> bytes:
+        path = self.path(index)
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise unreadable(path, error) from error
 
 
 def data_root(root: str | None) -> Path:

@@ -4,6 +4,7 @@ Source: torchvision.transforms (Resize, CenterCrop, RandomResizedCrop, Normalize
 Convolutions", 2015, section 6, for the random crop. Decoding is exact: libjpeg's reduced-size mode is not used.
 """
 
+import io
 import math
 import os
 from typing import IO, TYPE_CHECKING
@@ -25,10 +26,11 @@ class UnreadableImage(ValueError):
     """A file that no decoder makes sense of."""
 
 
-def decode(file: str | os.PathLike | IO[bytes], where: str) -> "Image":
+def decode(file: str | os.PathLike | IO[bytes] | bytes, where: str) -> "Image":
     """The whole photo in RGB; EXIF rotation is ignored, as in the reference. `where` names the file in the error."""
     from PIL import Image
 
+    file = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
         with Image.open(file) as image:
             image.load()
@@ -36,11 +38,14 @@ def decode(file: str | os.PathLike | IO[bytes], where: str) -> "Image":
     except MemoryError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others on broken files
-        reason = " ".join(str(error).split())
-        raise UnreadableImage(
-            f"unreadable image {where} ({type(error).__name__}: {reason}): "
-            "repair or remove it, or set data.on_error=skip"
-        ) from error
+        raise unreadable(where, error) from error
+
+
+def unreadable(where: str, error: Exception) -> UnreadableImage:
+    reason = " ".join(str(error).split())
+    return UnreadableImage(
+        f"unreadable image {where} ({type(error).__name__}: {reason}): repair or remove it, or set data.on_error=skip"
+    )
 
 
 def scaled(image: "Image", box: Box | None, width: int, height: int) -> "Image":
