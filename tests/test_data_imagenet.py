@@ -10,8 +10,8 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from train.data import photos
 from train.data.imagenet import ImageNetFolder
+from train.data.photos import MEAN, STD
 from train.data.pixels import random_crop_box, scaled
 
 INDICES = np.arange(6)
@@ -52,7 +52,7 @@ def test_evaluation_is_torchvisions(tree):
             transforms.Resize(32),
             transforms.CenterCrop(28),
             transforms.ToTensor(),
-            transforms.Normalize(photos.MEAN, photos.STD),
+            transforms.Normalize(MEAN, STD),
         ]
     )
     images, _ = ImageNetFolder(str(tree), image_size=28, workers=0).eval.batch(INDICES, seed=0, epoch=0)
@@ -190,7 +190,7 @@ def test_sample_photos():
             transforms.Resize(256),
             transforms.CenterCrop(224),
             transforms.ToTensor(),
-            transforms.Normalize(photos.MEAN, photos.STD),
+            transforms.Normalize(MEAN, STD),
         ]
     )
     indices = np.arange(min(50, len(source.eval)))

@@ -7,8 +7,8 @@ references/classification, whose mean and standard deviation these are).
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from functools import cached_property, partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,9 +24,6 @@ from train.data.pixels import (
 )
 from train.data.streams import uniform
 from train.data.turbojpeg import SHRINKS, TurboJpeg
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -105,7 +102,8 @@ class Cutter:
         raise ValueError(f"data.root: none of the {count} images can be read; the first is {self.store.place(0)}")
 
     def _cut(self, file: int, draws: list[float] | None, out: np.ndarray) -> None:
-        data, where, size = self.store.read(file), self.store.place(file), len(out)
+        data, size = self.store.read(file), len(out)
+        where = partial(self.store.place, file)
         if draws is None:
             out[:] = np.asarray(center_crop(decode(data, where), self.resize, size))
         elif self.turbo is None:
@@ -116,8 +114,8 @@ class Cutter:
             crop = self._turbo_crop(data, draws, size)
             if crop is None:
                 photo = decode(data, where)
-                crop = np.asarray(photo.crop(_box(photo.size, draws)))
-            square = rescaled(crop, size)
+                crop = np.array(photo.crop(_box(photo.size, draws)))
+            square = rescaled(crop, size, size)
             torch.from_numpy(out).permute(2, 0, 1).copy_(square.flip(2) if draws[FLIP] < 0.5 else square)
 
     def _turbo_crop(self, data: bytes, draws: list[float], size: int) -> np.ndarray | None:
@@ -136,10 +134,10 @@ def _box(whole: tuple[int, int], draws: list[float]) -> tuple[int, int, int, int
     return random_crop_box(*whole, draws[FIRST_TRY::2], draws[FIRST_TRY + 1 :: 2], draws[LEFT], draws[TOP])
 
 
-def rescaled(pixels: np.ndarray, size: int) -> torch.Tensor:
-    """uint8 [height, width, 3] as [3, size, size]: bilinear, antialiased, within one level of Pillow's."""
+def rescaled(pixels: np.ndarray, height: int, width: int) -> torch.Tensor:
+    """uint8 [h, w, 3] as [3, height, width]: bilinear, antialiased, within one level of Pillow's."""
     images = torch.from_numpy(np.ascontiguousarray(pixels))[None].permute(0, 3, 1, 2)
-    return torch.nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True)[0]
+    return torch.nn.functional.interpolate(images, (height, width), mode="bilinear", antialias=True)[0]
 
 
 class Pool(Protocol):
@@ -164,9 +162,7 @@ class Photos:
         pixels, labels = self.start(indices, seed=seed, epoch=epoch)()
         return self.finish(pixels), labels
 
-    def start(
-        self, indices: np.ndarray, *, seed: int, epoch: int
-    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    def start(self, indices: np.ndarray, *, seed: int, epoch: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         """What returns (uint8 [n, size, size, 3], labels); the bytes are valid until `finish` or the next call."""
         wait = self.pool.start(self.cutter, indices, seed=seed, epoch=epoch)
 

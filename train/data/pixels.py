@@ -7,6 +7,7 @@ Convolutions", 2015, section 6, for the random crop. Decoding is exact: libjpeg'
 import io
 import math
 import os
+from collections.abc import Callable
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +27,7 @@ class UnreadableImage(ValueError):
     """A file that no decoder makes sense of."""
 
 
-def decode(file: str | os.PathLike | IO[bytes] | bytes, where: str) -> "Image":
+def decode(file: str | os.PathLike | IO[bytes] | bytes, where: str | Callable[[], str]) -> "Image":
     """The whole photo in RGB; EXIF rotation is ignored, as in the reference. `where` names the file in the error."""
     from PIL import Image
 
@@ -38,7 +39,7 @@ def decode(file: str | os.PathLike | IO[bytes] | bytes, where: str) -> "Image":
     except MemoryError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others on broken files
-        raise unreadable(where, error) from error
+        raise unreadable(where if isinstance(where, str) else where(), error) from error
 
 
 def unreadable(where: str, error: Exception) -> UnreadableImage:

@@ -165,7 +165,7 @@ class Shared:
 
 
 def launch(descriptors: list[int]) -> None:
-    """Fork a loader process for each pipe, and wait for them. Each keeps its own pipe alone, so that its end is seen."""
+    """Fork a loader process for each pipe, and wait for them. Each keeps its own pipe alone: its end must be seen."""
     torch.set_num_threads(1)
     for own in descriptors:
         if os.fork() == 0:
