@@ -297,7 +297,8 @@ def load_run_config(path: str | Path) -> dict:
     except (YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError("", f"{path}: no configuration: {_first_line(error)}") from error
     if isinstance(config, dict):
-        config = OF_EMULATE | config
+        where = {g: _plain(f"{g}/local") | config[g] for g in ("cluster", "launch") if isinstance(config.get(g), dict)}
+        config = OF_EMULATE | config | where  # keys that older runs lack
     known = known_targets()
     for key, value in _leaves("", config):
         if isinstance(value, str) and "${" in value:

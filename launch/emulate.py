@@ -153,6 +153,12 @@ def details(result: dict) -> list[str]:
     if result["calibration"]:
         constants = ", ".join(f"{name} {value}" for name, value in result["calibration"].items())
         lines.append(f"  {'calibration':<30} {constants}")
+    if faults := result.get("faults"):
+        added = f"{faults['cost_s']:>9.3f} s by {faults['num_events']} faults, {faults['lost_chips']} chips lost"
+        lines.append(f"  {'added by faults':<30} {added}; {faults['recovery_s']:.3f} s to recover, in other")
+        if "expected_events" in faults:
+            mean = f"{faults['expected_cost_s']:>9.3g} s by {faults['expected_events']:.3g} faults"
+            lines.append(f"  {'added in a mean run':<30} {mean}; above are those of this seed")
     return lines
 
 

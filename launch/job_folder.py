@@ -3,10 +3,13 @@
 config.yaml (resolved), command.txt (exact), job.json (kind, addresses, run folder, times, exit code), log.txt.
 """
 
+import codecs
 import json
 import os
 import shlex
 import shutil
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -84,6 +87,18 @@ class Job:
     def end(self, state: State, ended_at: str) -> State:
         self.add(status=state.status, exit_code=state.exit_code, note=state.note, ended_at=ended_at)
         return state
+
+
+def follow_file(job: Job, state: Callable[[Job], State], poll_s: float) -> Iterator[str]:
+    """The job's log from its beginning, as it is written, to its end."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    with job.log.open("rb") as log:
+        while True:
+            ended = state(job).ended  # asked before reading: what was written until then is read
+            yield decoder.decode(log.read(), final=ended)
+            if ended:
+                return
+            time.sleep(poll_s)
 
 
 def find(run_root: Path, name: str | None, action: str) -> Job:

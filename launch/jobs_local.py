@@ -1,6 +1,5 @@
 """Jobs as processes of this machine that outlive the command: a supervisor (launch/supervise) each, in its session."""
 
-import codecs
 import os
 import signal
 import subprocess
@@ -9,7 +8,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 
-from launch.job_folder import ROOT, Job, State, now
+from launch.job_folder import ROOT, Job, State, follow_file, now
 from launch.supervise import STOP_GRACE_S, identity
 
 PYTHON = sys.executable
@@ -62,14 +61,7 @@ def state(job: Job) -> State:
 
 def follow(job: Job) -> Iterator[str]:
     """The log from its beginning; while the job runs, to its end."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    with job.log.open("rb") as log:
-        while True:
-            ended = state(job).ended  # asked before reading: what was written until then is read
-            yield decoder.decode(log.read(), final=ended)
-            if ended:
-                return
-            time.sleep(POLL_S)
+    return follow_file(job, state, POLL_S)
 
 
 def stop(job: Job) -> State:

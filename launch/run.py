@@ -15,13 +15,17 @@ from itertools import pairwise  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from launch import compose, run_folder  # noqa: E402
-from launch.cluster import Cluster, join  # noqa: E402
+from launch.cluster import Cluster, exposure, join, settle  # noqa: E402
 from launch.console import Display  # noqa: E402
-from launch.worker_group import Request, WorkerFailed, WorkerGroup, started  # noqa: E402
+from launch.controller import Controller  # noqa: E402
+from launch.decisions import Limits  # noqa: E402
+from launch.events import EventLog  # noqa: E402
+from launch.nodes import examine  # noqa: E402
+from launch.placement import Layout, ask, resource_name, wanted_workers  # noqa: E402
+from launch.worker_group import WorkerFailed, WorkerGroup, started  # noqa: E402
 from train.emulator import Emulator, build, check_training  # noqa: E402
+from train.emulator_faults import of_training  # noqa: E402
 from train.mesh.blocks import blocks  # noqa: E402
-
-CORES_PER_AUTO_WORKER = 2
 
 
 def train(config: dict, started_at: float | None = None) -> int:
@@ -42,56 +46,36 @@ def train(config: dict, started_at: float | None = None) -> int:
         with join(config["cluster"], chips, _cpus(config)) as cluster:
             marks["Ray"] = time.time()
             signal.signal(signal.SIGTERM, _interrupt)  # Ray has set its own, which would leave no result
-            requests, device = ask(config, emulated, cluster)
-            with started(requests, cluster.loopback) as group:
+            cluster, layout = settle(cluster, config["cluster"], lambda now: ask(config, emulated, now))
+            config = config | {"shares": layout.shares}
+            examine_nodes(config, cluster, layout)
+            with started(layout.requests, cluster.loopback, config["cluster"]["interface"]) as group:
                 marks["worker processes"] = time.time()
-                said = group.prepare(config, checkpoint, device, marks)
-                return _train(config, folder, checkpoint, group, said, marks["command"])
+                said = group.prepare(config, checkpoint, layout.device, marks)
+                return _train(config, emulated, folder, checkpoint, group, said, marks["command"])
     except WorkerFailed as failure:  # before training: there is no run folder that could say so
         print(f"launch.run: {failure}", file=sys.stderr)
         return 1
 
 
-def ask(config: dict, emulated: Emulator, cluster: Cluster) -> tuple[list[Request], str]:
-    """What each worker needs of the cluster, and the device they all compute on. ValueError where it can't be had."""
-    gpus = int(cluster.resources.get("GPU", 0))
-    cores = int(cluster.resources.get("CPU", 0))
-    split = blocks(config, emulated.mesh)
-    workers = wanted_workers(config)
-    if workers is None:
-        usable = gpus if gpus and config["device"] != "cpu" else max(cores // CORES_PER_AUTO_WORKER, 1)
-        workers = min(usable, split.count)
-    device = config["device"]
-    if device == "auto":
-        device = "cuda" if gpus >= workers else "cpu"
-    threads = config["threads"]
-    if threads == "auto":
-        # exact: the count belongs to the contract, so it must not follow the number of workers
-        threads = 1 if config["numerics"] == "exact" and device == "cpu" else max(cores // workers, 1)
-    chips, resource = emulated.mesh.chips_per_host, resource_name(emulated.chip.name)
-    on_gpu = int(device == "cuda")
-    hosts = [range(share.start * split.hosts, share.stop * split.hosts) for share in split.shares(workers)]
-    requests = [Request(mine, len(mine) * chips, resource, threads, on_gpu) for mine in hosts]
-    cluster.demand([request.bundle() for request in requests])
-    return requests, device
-
-
-def wanted_workers(config: dict) -> int | None:
-    """How many workers the configuration asks for; None: as many as the cluster is good for."""
-    if config["workers"] != "auto":
-        return config["workers"]
-    if config["gradient_sum"] == "plan":
-        return 1
-    return None if config["shares"] is None else len(config["shares"])
-
-
-def resource_name(chip: str) -> str:
-    """What a chip is called among Ray's resources: Ascend 910 -> ascend910."""
-    return "".join(c for c in chip.lower() if c.isalnum())
+def examine_nodes(config: dict, cluster: Cluster, layout: Layout) -> None:
+    """Says what is to be known of a cluster of several machines; ValueError where they can't train together."""
+    if not cluster.loopback:
+        of_one_kind = config["numerics"] == "exact" and layout.device == "cpu"
+        interface = config["cluster"]["interface"]
+        print(f"cluster  {exposure(cluster, examine(cluster.nodes, Path(config['run_root']), interface, of_one_kind))}")
+    for note in layout.notes:
+        print(f"cluster  {note}")
 
 
 def _train(
-    config: dict, folder: Path, checkpoint: Path | None, group: WorkerGroup, said: dict, started_at: float
+    config: dict,
+    machine: Emulator,
+    folder: Path,
+    checkpoint: Path | None,
+    group: WorkerGroup,
+    said: dict,
+    started_at: float,
 ) -> int:
     """Everything that leaves traces: the folder, the training, the result, the report."""
     from train.records import find, load
@@ -102,13 +86,16 @@ def _train(
     claim = find(records, config["claim"]["record"])
     restarts = run_folder.read_json(folder / "env.json").get("restarts", -1) + 1
     environment = run_folder.environment() | {"contract": contract, "placement": group.placement()}
+    limits = Limits(config["max_restarts"], config["min_workers"], config["replacement_wait_s"])
+    split = blocks(config, machine.mesh)
+    controller = Controller(group, split, limits, config["hang_timeout_s"], EventLog(folder))
     held = run_folder.create(folder, config, environment | {"restarts": restarts}, resumed=checkpoint is not None)
     result, error = {"status": "failed"}, None
     try:
         write_reference_runs(folder.parent, [claim, *(find(records, name) for name in config["claim"]["neighbours"])])
         print(_opening(folder, checkpoint, contract, facts, group), flush=True)
         with Display() as display:
-            result = group.train(folder, display.update, config["hang_timeout_s"])
+            result = controller.run(folder, display.update)
     except (WorkerFailed, ValueError) as failure:
         error = str(failure)
     except KeyboardInterrupt:
@@ -125,6 +112,8 @@ def _train(
             "error": error,
             "wall_s": finished_at - started_at,
             "restarts": restarts,
+            "worker_restarts": controller.restarts,
+            "losses": controller.losses,
             "claim_s": claim.seconds,
             "first_step": phases(marks),
             "time_to_first_step_s": marks["first step"] - started_at if "first step" in marks else None,
@@ -147,7 +136,9 @@ def phases(marks: dict[str, float]) -> dict[str, float]:
 
 
 def _opening(folder: Path, checkpoint: Path | None, contract: dict, facts: dict, group: WorkerGroup) -> str:
-    hosts = "; ".join(f"worker {p['worker']}: hosts {p['hosts'][0]}-{p['hosts'][1]}" for p in group.placement())
+    hosts = "; ".join(
+        f"worker {p['worker']}: hosts {p['hosts'][0]}-{p['hosts'][1]} on {p['address']}" for p in group.placement()
+    )
     resumed = [f"resumed  from {checkpoint.name}, with the run's own recipe"] if checkpoint else []
     lines = [
         f"run      {folder}",
@@ -172,6 +163,7 @@ def emulated_machine(config: dict) -> Emulator:
 
     check_training(config)
     machine = build(config)
+    of_training(machine, config)
     blocks(config, machine.mesh)
     records = load()
     for record in (config["claim"]["record"], *config["claim"]["neighbours"]):

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import sys
 from collections.abc import Container, Iterator
 from contextlib import suppress
 from datetime import datetime
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from launch.compose import load_run_config
-from train.checkpoint_files import list_checkpoints
+from train.checkpoint_files import list_checkpoints, newest_sound
 from train.config import ConfigError, show
 from train.metrics import finite, read_rows, write_aside
 
@@ -24,9 +25,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Of runs and of jobs: names folders and stands on command lines, so nothing in it may need care."""
 LONGEST_NAME = 150
 
-HERE = "workers shares threads device backend cluster launch max_steps hang_timeout_s run_root".split()
+HERE = """workers shares threads device backend cluster launch max_steps run_root checkpoints_kept hang_timeout_s
+max_restarts min_workers replacement_wait_s""".split()
 """Keys of a continued run that the command line sets: where it computes and how far. All others are the run's own."""
-OF_THE_COMMAND = "run resume checkpoint_every format explain out trace action job".split()
+OF_THE_COMMAND = "run resume checkpoint_steps checkpoint_s format explain out trace action job".split()
 """Keys that say nothing of what is trained."""
 
 PACKAGES = ("torch", "torchvision", "ray", "hydra-core", "tensorboard", "numpy", "scikit-learn")
@@ -43,23 +45,23 @@ def locate(config: dict) -> tuple[Path, Path | None]:
         _check_name(key, config[key])
     if config["resume"] == "auto" and config["run"]:
         folder = root / config["run"]
-        checkpoints = list_checkpoints(folder / "checkpoints")
-        if checkpoints:
+        checkpoint = _newest(folder)
+        if checkpoint:
             _demand_same_recipe(folder, config, but=HERE)
         if folder.is_dir():
             hold(folder).close()  # refused here rather than after the workers' start
-            return folder, checkpoints[-1] if checkpoints else None
+            return folder, checkpoint
     elif config["resume"] == "auto":
         found = _newest_unfinished(root, config["experiment"])
         if found is not None:
-            return found, list_checkpoints(found / "checkpoints")[-1]
+            return found, _newest(found)
     elif config["resume"] is not None:
         folder = root / config["resume"]
-        checkpoints = list_checkpoints(folder / "checkpoints")
-        if not checkpoints:
+        checkpoint = _newest(folder)
+        if not checkpoint:
             problem = f"{folder} has no checkpoints" if folder.is_dir() else f"there is no {folder}"
             raise ValueError(f"resume={config['resume']}: {problem}; name a run of {root} that has some, or use auto")
-        return folder, checkpoints[-1]
+        return folder, checkpoint
     if root.exists() and not root.is_dir():
         raise ValueError(f"run_root={config['run_root']}: is a file; name a folder")
     folder = root / (config["run"] or f"{config['experiment']}-{datetime.now():%Y%m%d-%H%M%S}")
@@ -184,6 +186,11 @@ def _check_name(key: str, name: str | None) -> None:
     if not NAME.fullmatch(name) or name in RESERVED:
         taken = ", ".join(sorted(RESERVED))
         raise ValueError(f"{key}={name}: a run's name is letters, digits, '.', '_' and '-', none of {taken}")
+
+
+def _newest(folder: Path) -> Path | None:
+    """The newest checkpoint that is as it was written; says which newer ones are not."""
+    return newest_sound(folder / "checkpoints", lambda problem: print(f"launch.run: {problem}", file=sys.stderr))
 
 
 def _newest_unfinished(root: Path, experiment: str) -> Path | None:

@@ -15,12 +15,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 
-from launch import compose, jobs_local, jobs_ray, run_folder
+from launch import compose, jobs_local, jobs_ray, jobs_slurm, run_folder
 from launch.job_folder import Job, State, check_id, find, new_id
 from launch.run import emulated_machine
 from train.config import ConfigError
 
-KINDS: dict[str, ModuleType] = {"local": jobs_local, "ray_job": jobs_ray}
+KINDS: dict[str, ModuleType] = {"local": jobs_local, "ray_job": jobs_ray, "slurm": jobs_slurm}
 OURS = ("launch", "action", "job", "format")
 """Keys of the command line that launch.submit itself answers to."""
 

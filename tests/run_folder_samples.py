@@ -12,8 +12,8 @@ import yaml
 from train import records
 from train.callbacks import Callback, MetricsCallback, MLPerfCallback, ProgressCallback, TraceCallback
 from train.metrics import open_sinks
+from train.progress import EvalRecord, StepRecord
 from train.sim.step import StepTime
-from train.trainer import EvalRecord, StepRecord
 
 STEPS_PER_EPOCH, NUM_STEPS, EVAL_STEPS = 3, 12, (6, 12)
 STARTED_AT = 1_750_000_000.0

@@ -9,6 +9,7 @@ from rank_processes import run_ranks
 from torch.distributed import PrefixStore
 from training_samples import tiny
 
+from train import account
 from train.build import Worker, WorkerContext, chip_batch_size, run_worker
 from train.checkpoint_files import list_checkpoints
 from train.models.chip_norm import chip_moments, evaluation_moments
@@ -144,14 +145,14 @@ def test_a_worker_restores_the_statistics_of_its_own_chips():
 
 def test_the_contract_and_the_facts_are_those_of_the_configuration():
     worker = Worker(tiny("bn_span=2"), WorkerContext())
-    contract, facts = worker.contract(), worker.describe()
-    assert {type(value) for value in contract.values()} <= {str, int}  # no type of torch, or the driver would import it
-    assert (contract["numerics"], contract["block_chips"], contract["threads"]) == ("exact", 8, 1)
-    assert (contract["block_reason"], contract["evaluation_statistics"]) == ("one host", "mean over all chips")
-    assert (contract["chips_per_pass"], contract["bn_span_chips"], contract["precision"]) == (8, 2, "fp32")
+    promised, said = account.contract(worker), account.facts(worker)
+    assert {type(value) for value in promised.values()} <= {str, int}  # no type of torch, or the driver would import it
+    assert (promised["numerics"], promised["block_chips"], promised["threads"]) == ("exact", 8, 1)
+    assert (promised["block_reason"], promised["evaluation_statistics"]) == ("one host", "mean over all chips")
+    assert (promised["chips_per_pass"], promised["bn_span_chips"], promised["precision"]) == (8, 2, "fp32")
     numbers = {"chips": 24, "global_batch_size": 48, "steps_per_epoch": 29, "total_steps": 4}
-    assert facts | numbers | {"num_train": 1437, "num_eval": 360} == facts
-    assert facts["model"]["parameters"] == sum(p.numel() for p in worker.model.parameters())
+    assert said | numbers | {"num_train": 1437, "num_eval": 360} == said
+    assert said["model"]["parameters"] == sum(p.numel() for p in worker.model.parameters())
 
 
 FOUR_HOSTS = ("mesh.axes.host=4", "max_steps=2", "eval_every=30", "data=synthetic", "data.num_eval=8")
@@ -202,4 +203,4 @@ def test_the_rule_chip_0_evaluates_and_saves_with_the_statistics_of_chip_0():
         moment.copy_(torch.rand_like(moment) + 0.5)
     worker.trainer.average_statistics()
     assert all(map(torch.equal, evaluation_moments(worker.model), (moment[0] for moment in chip_moments(worker.model))))
-    assert worker.contract()["evaluation_statistics"] == "chip 0's own"
+    assert account.contract(worker)["evaluation_statistics"] == "chip 0's own"

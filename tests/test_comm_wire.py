@@ -7,6 +7,7 @@ from emulator_samples import atlas
 from training_samples import tiny
 
 from scripts.wire_dtype import growth, reach, sums_in_a_row
+from train.account import contract
 from train.build import Worker, WorkerContext, run_worker
 from train.comm import wire
 from train.comm.aggregation import SumAggregator
@@ -176,7 +177,7 @@ def test_training_with_it(tmp_path, monkeypatch):
     for name, overrides in wires.items():
         dtype = "fp32" if name == "fast" else name
         worker = Worker(tiny(*overrides, f"wire_dtype={dtype}", "max_steps=1"), WorkerContext())
-        contracts[name] = worker.contract()
+        contracts[name] = contract(worker)
         results[name] = worker.train(tmp_path / name)
         weights[name] = torch.cat([p.detach().flatten().double() for p in worker.model.parameters()])
     apart = {name: ((weights[name] - weights["fast"]).norm() / weights["fast"].norm()).item() for name in wires}

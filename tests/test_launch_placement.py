@@ -16,7 +16,7 @@ from launch_samples import TINY, trained_here
 from processes import environment
 from ray_nodes import CHIPS_PER_NODE, NUM_NODES
 
-from launch.cluster import Cluster
+from launch.cluster import Cluster, Node
 
 STEPS = 2
 ON_ONE_HOST = [*TINY, "mesh=atlas800", "workers=1"]
@@ -99,7 +99,8 @@ def test_a_run_that_fails_ends_with_the_workers_own_error(train_on_nodes, photos
 
 
 def test_a_cluster_lacks_what_its_nodes_lack_together():
-    cluster = Cluster(None, [{"CPU": 2.0, "ascend910": 8.0}] * 2, loopback=True)
+    nodes = [Node(name, "127.0.0.1", {"CPU": 2.0, "ascend910": 8.0}) for name in "ab"]
+    cluster = Cluster(None, nodes, loopback=True)
     cluster.demand([{"CPU": 1, "ascend910": 8}] * 2)
     with pytest.raises(ValueError, match=r"lacks 5 CPU \(there are 4\); use fewer workers or threads"):
         cluster.demand([{"CPU": 5}])

@@ -7,7 +7,7 @@ from training_samples import tiny
 
 from train import checkpoint
 from train.build import Worker, WorkerContext
-from train.checkpoint_files import checkpoint_path
+from train.checkpoint_files import list_checkpoints
 from train.models.chip_norm import ChipBatchNorm2d, ChipPass, allocate_chips, chip_moments, evaluation_moments
 from train.optim.averaging import AveragedWeights
 
@@ -79,7 +79,7 @@ def test_evaluation_uses_the_averages_and_the_checkpoint_has_both(tmp_path):
     """The evaluation after the last step is that of the saved averages, and the weights' hash that of the raw ones."""
     worker = Worker(tiny(*TINY, "ema_decay=0.5"), WorkerContext())
     result = worker.train(tmp_path)
-    state = checkpoint.load(checkpoint_path(tmp_path / "checkpoints", 2))
+    state = checkpoint.load(list_checkpoints(tmp_path / "checkpoints")[-1])
     other = Worker(tiny(*TINY), WorkerContext())
     other.model.load_state_dict(state["model"])
     assert result["weights_sha256"] == checkpoint.weights_sha256(other.model)

@@ -21,7 +21,7 @@ from launch.cluster import Cluster
 
 STEPS = 4
 TINY = "model=resnet_cifar20 model.depth=8 data.image_size=8 chip_batch_size=2 mesh=atlas900_64 numerics=fast".split()
-SWEEP = ["-m", *TINY, "bn_span=1,2", "seed=0,1", f"max_steps={STEPS}", "checkpoint_every=0.17", "resume=auto"]
+SWEEP = ["-m", *TINY, "bn_span=1,2", "seed=0,1", f"max_steps={STEPS}", "checkpoint_steps=1", "resume=auto"]
 NAMES = [f"digits_atlas-bn_span.{span}-seed.{seed}" for span in (1, 2) for seed in (0, 1)]
 
 
@@ -46,12 +46,13 @@ class Group:
         self.deaths = deaths
 
     def prepare(self, config: dict, checkpoint: Path | None, device: str, marks: dict) -> dict:
+        from train.account import contract, facts
         from train.build import Worker, WorkerContext
 
         self.worker = Worker(config, WorkerContext(marks=marks))
         if checkpoint:
             self.worker.restore(checkpoint)
-        return {"contract": self.worker.contract(), "facts": self.worker.describe()}
+        return {"contract": contract(self.worker), "facts": facts(self.worker)}
 
     def placement(self) -> list[dict]:
         return [{"worker": 0, "hosts": [0, 7]}]
@@ -148,7 +149,7 @@ def test_a_sweep_killed_thrice_ends_as_one_that_was_not(sweep, tmp_path):
 
 
 def test_one_run_by_its_name_resumes_or_is_done_or_is_refused(sweep, tmp_path):
-    words = [*TINY, "run=mine", "resume=auto", "checkpoint_every=0.17", f"run_root={tmp_path}"]
+    words = [*TINY, "run=mine", "resume=auto", "checkpoint_steps=1", f"run_root={tmp_path}"]
     assert sweep(*words, "max_steps=3", kill={"mine": 3})[0] is None
     assert sweep(*words, "max_steps=3", "seed=5") == (2, "")  # another recipe under this name
     assert "resumed  from step_00000002.pt" in sweep(*words, "max_steps=3")[1]
@@ -180,7 +181,7 @@ def test_another_recipe_under_the_name_is_named_by_its_key(tmp_path):
     left(tmp_path, "other", None, schedule={"_target_": "train.optim.schedule.Cosine", "base_lr": 0.5})
     with pytest.raises(ValueError, match=r"run=other: .*/other has schedule\._target_="):
         run_folder.locate(config(tmp_path, "run=other", "resume=auto"))
-    elsewhere = config(tmp_path, "run=mine", "resume=auto", "epochs=5", "workers=1", "threads=1", "checkpoint_every=3")
+    elsewhere = config(tmp_path, "run=mine", "resume=auto", "epochs=5", "workers=1", "threads=1", "checkpoint_steps=3")
     assert run_folder.finished(elsewhere) == tmp_path / "mine"
 
 

@@ -7,7 +7,7 @@ from emulator_samples import atlas, record_config
 
 from train import emulator
 from train.comm.algorithms import hierarchical, ring
-from train.sim.faults import SlowChip, SlowLink
+from train.sim.faults import slowed
 from train.sim.network import AlphaBeta
 
 
@@ -21,17 +21,21 @@ def test_all_wait_for_the_slow_chip():
 
 
 def test_a_chip_that_is_hardly_slow_hides_behind_the_slowest():
-    assert SlowChip(1.05).straggler_s(compute_s=1.0, straggler_s=0.1) == 0.1
+    sound = emulator.build(record_config())
+    hardly = {"_target_": "train.sim.faults.SlowChip", "factor": 1.001}
+    assert sound.step(32_768).straggler_s > 0.001 * sound.step(32_768).compute_s
+    assert emulator.build(record_config() | {"faults": hardly}).step(32_768) == sound.step(32_768)
 
 
 def test_a_slow_link_holds_up_every_round_that_uses_it():
     network, nbytes = AlphaBeta(), 8e6
-    sound, slow = (ring(mesh) for mesh in (atlas(4), SlowLink(4, "roce").on_mesh(atlas(4))))
+    sound, slow = (ring(mesh) for mesh in (atlas(4), slowed(atlas(4), [("roce", 4)])))
     seconds = nbytes / 32 / 12e9 + 7e-6, 4 * nbytes / 32 / 12e9 + 7e-6
     assert network.seconds(sound, nbytes) == pytest.approx(62 * seconds[0])
     assert network.seconds(slow, nbytes) == pytest.approx(62 * seconds[1])
-    assert [link.bytes_per_s for link in SlowLink(4).on_mesh(atlas(4)).topology.link_classes] == [19.3e9, 19.3e9, 3e9]
-    inside = hierarchical(SlowLink(4, "roce").on_mesh(atlas(1)))
+    slowest = slowed(atlas(4), [(None, 4), ("roce", 2)])
+    assert [link.bytes_per_s for link in slowest.topology.link_classes] == [19.3e9, 19.3e9, 3e9]
+    inside = hierarchical(slowed(atlas(1), [("roce", 4)]))
     assert network.seconds(inside, nbytes) == network.seconds(hierarchical(atlas(1)), nbytes)
 
 

@@ -12,12 +12,13 @@ from training_samples import STEPS_PER_EPOCH, tiny
 
 from train import checkpoint
 from train.build import Worker, WorkerContext, run_worker
-from train.checkpoint_files import checkpoint_path, list_checkpoints
+from train.checkpoint_files import list_checkpoints
 from train.metrics import read_rows
 from train.models import chip_norm
 from train.models.chip_norm import chip_moments, evaluation_moments
+from train.optim.update import DivergedError
+from train.progress import Wish
 from train.sim.run import run_time
-from train.trainer import DivergedError
 
 LARS_BF16 = ("optim=lars", "precision=bf16", "max_steps=1", "schedule.base_lr=2")
 
@@ -46,7 +47,7 @@ def in_two(rank: int, world_size: int, store, folder: Path) -> list[dict]:
         context = WorkerContext(rank=rank, world_size=world_size, store=PrefixStore(name, store))
         return run_worker(tiny(*overrides), context, folder / name)
 
-    return [run("sgd", f"checkpoint_every={2 / STEPS_PER_EPOCH}"), run("lars", *LARS_BF16)]
+    return [run("sgd", "checkpoint_steps=2"), run("lars", *LARS_BF16)]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_a_run_that_broke_off_continues_with_the_same_bits_on_fewer_workers(whol
 
 def test_a_run_that_was_asked_to_stop_saves_and_continues_with_the_same_bits(whole, tmp_path):
     worker = Worker(tiny(), WorkerContext())
-    worker.trainer.stop_requested.set()
+    worker.wishes[Wish.STOP].set()
     result = worker.train(tmp_path)
     assert (result["status"], result["steps"]) == ("interrupted", 1)
     (saved,) = list_checkpoints(tmp_path / "checkpoints")
@@ -156,7 +157,7 @@ def test_fast_numerics_differ_by_rounding_only(tmp_path):
         folder.mkdir()
         small = ["max_steps=1", "data.image_size=16", "mesh.axes.host=2", "model.zero_init_last_gamma=false"]
         train(folder, f"numerics={numerics}", *small)
-        state = checkpoint.load(checkpoint_path(folder / "checkpoints", 1))
+        state = checkpoint.load(list_checkpoints(folder / "checkpoints")[-1])
         momenta = {f"momentum {i}": entry["momentum_buffer"] for i, entry in state["optimizer"]["state"].items()}
         states.append(state["model"] | momenta | {"statistics": state["chip_moments"]})
     exact, fast = states

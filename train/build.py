@@ -1,47 +1,56 @@
 """A configuration becomes a worker: dictionary in, trainer out; what a worker does from its first to its last step.
 
 Nothing here knows of Ray: `run_worker` also runs in a plain process. Whoever launches the workers gives each one a
-`WorkerContext`; everything else is in the configuration.
+`WorkerContext`; everything else is in the configuration. A worker outlives its peers: after a loss, or for a newcomer,
+it joins another group with what it has (`Worker.join`) and trains on.
 """
 
-import platform
-import resource
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from time import time
 from typing import Any
 
 import torch
 
-from train import checkpoint, emulator
-from train.callbacks import Callback, MetricsCallback, MLPerfCallback, ProgressCallback, TraceCallback
+from train import checkpoint, emulator, emulator_faults
+from train.account import identity, result
+from train.callbacks import Callback, FenceCallback, MetricsCallback, MLPerfCallback, ProgressCallback, TraceCallback
+from train.checkpoint_files import Fenced, newest_sound, take_over
 from train.comm.aggregation import Aggregator, SumAggregator, TreeAggregator
+from train.comm.backup import Backup, Bank, assemble, keepers
+from train.comm.groups import Group, PeerLost
+from train.comm.messages import broadcast_state, gather
 from train.comm.wire import PlanAggregator
 from train.data.order import Order
 from train.memory import keep_freed_memory
 from train.mesh.blocks import blocks
-from train.metrics import open_sinks
-from train.models.chip_norm import allocate_chips, norm_layers
+from train.metrics import Sink, open_sinks, read_rows
+from train.models.chip_norm import allocate_chips
 from train.models.passes import check_batch_norm, images_per_pass, moments_of, plan_passes
 from train.optim.update import WeightUpdate
-from train.precision import DTYPES, choose_device, choose_loss_scale, choose_precision, describe_device
+from train.precision import DTYPES, choose_device, choose_loss_scale, choose_precision
+from train.progress import Limits, Progress, StepRecord, Wish
 from train.records import find, load
+from train.recovery import Agreement, Joined, Membership, Offer, agree, farthest_step
 from train.sim.clock import EmulatedClock
-from train.trainer import Limits, Progress, Trainer
-
-KEPT_CHECKPOINTS = 2
+from train.trainer import Part, Trainer
 
 
 @dataclass
 class WorkerContext:
     """What a worker is told beside the configuration; `device` is auto, cpu or cuda."""
 
-    rank: int = 0
+    rank: int | None = 0
+    """None: the worker stands by and joins the others later."""
     world_size: int = 1
     device: str = "cpu"
     threads: int = 1
     store: Any = None
     """A c10d store that all ranks reach."""
+    nodes: list[str] = field(default_factory=list)
+    """Where each rank runs; empty: all in one place."""
     marks: dict[str, float] = field(default_factory=dict)
     """Unix times at which phases of the start ended, in order; the first is the command's own start."""
 
@@ -76,27 +85,40 @@ class Worker:
         )
         mesh = self.emulator.mesh
         self.blocks = blocks(config, mesh)
-        self.shares = self.blocks.shares(context.world_size)
         self.chip_batch_size = chip_batch_size(config, mesh.num_chips)
         self.order = Order(len(self.source.train), self.chip_batch_size, mesh.num_chips, config["seed"])
         check_batch_norm(config, self.emulator.workload, self.chip_batch_size)
-        mine = self._chips(context.rank)
-        images = images_per_pass(self.emulator.workload, self.precision, self.device)
-        in_passes = config | ({"chips_per_pass": 1} if config["gradient_sum"] == "plan" else {})
-        self.passes = plan_passes(in_passes, self.blocks.chips, mine, images // self.chip_batch_size)
+        shares = None if context.rank is None else self.blocks.shares(context.world_size)
+        self.bank = Bank()
+        self.joined: Joined | None = None
+        """The last `join`, None before any."""
+        self.notes: list[str] = []
+        """What happened beside training that a person should know, in order."""
+        self.wishes = {wish: Event() for wish in Wish}
+        """What is asked of all workers through this one."""
+        self._first_step = FirstStep(context.marks)
+        self._callbacks: list[Callback] = []
+        self._sinks: list[Sink] = []
+        self._written = 0  # steps that the callbacks know of
+        self.writer: checkpoint.Writer | None = None
+        """Of rank 0."""
+        self._build()
+        context.marks["model and data"] = time()
+        if shares is not None:
+            self._take(Membership(context.rank, shares, context.nodes or [""] * context.world_size, context.store))
+            self._has_state = True
+        context.marks["group"] = time()
+
+    def _build(self) -> None:
+        """All that is the same on every worker, as it stands before the first step."""
+        config = self.config
         torch.manual_seed(config["seed"])
         model = emulator.make(config["model"], num_classes=num_classes(config, self.source.num_classes))
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        allocate_chips(self.model, len(mine), config["bn_span"])
+        allocate_chips(self.model, config["bn_span"], config["bn_span"])  # one set; `_take` makes room for this rank's
         self.optimizer = emulator.make(config["optim"], self.model.parameters())
         epochs = config["epochs"][-1] if isinstance(config["epochs"], list) else config["epochs"]
-        schedule = emulator.make(config["schedule"], epochs=epochs)
-        context.marks["model and data"] = time()
-        self.group = emulator.make(
-            config["backend"], rank=context.rank, world_size=context.world_size, store=context.store, device=self.device
-        )
-        context.marks["group"] = time()
-        global_batch_size = self.order.global_batch_size
+        toll = emulator_faults.of_training(self.emulator, config)
         self.trainer = Trainer(
             model=self.model,
             source=self.source,
@@ -109,219 +131,241 @@ class Worker:
                 config["clip_norm"],
                 config["ema_decay"],
             ),
-            schedule=schedule,
-            gradients=self._gradient_aggregator(),
-            statistics=self._aggregator(),
+            schedule=emulator.make(config["schedule"], epochs=epochs),
             bn_rule=config["bn_rule"],
-            group=self.group,
-            passes=self.passes,
             chips_per_block=self.blocks.chips,
             clock=EmulatedClock(
-                self.emulator.step(global_batch_size),
+                self.emulator.step(self.order.global_batch_size),
                 self.emulator.eval_s(len(self.source.eval)),
                 self.emulator.startup_s,
+                toll,
             ),
             limits=Limits(
                 epochs=epochs,
                 target_top1=config["target_top1"],
                 eval_every=config["eval_every"],
                 eval_offset=config["eval_offset"],
-                checkpoint_every=config["checkpoint_every"],
                 max_steps=config["max_steps"],
+                checkpoint_steps=config["checkpoint_steps"],
+                checkpoint_s=config["checkpoint_s"],
             ),
             precision=self.precision,
             label_smoothing=config["label_smoothing"],
             device=self.device,
+            wishes=self.wishes,
+            timeline=toll and toll.timeline,
         )
         self.progress_callback = ProgressCallback()
+        self._has_state = False
+
+    # ---- with whom ----
+
+    def _take(self, membership: Membership, group: Group | None = None) -> None:
+        """Hold the chips of this rank, with fresh statistics, and sum with the others."""
+        config, shares = self.config, membership.shares
+        self.membership, self.group = membership, group or self._connect(membership)
+        mine = self._chips(membership.rank)
+        images = images_per_pass(self.emulator.workload, self.precision, self.device)
+        in_passes = config | ({"chips_per_pass": 1} if config["gradient_sum"] == "plan" else {})
+        self.passes = plan_passes(in_passes, self.blocks.chips, mine, images // self.chip_batch_size)
+        allocate_chips(self.model, len(mine), config["bn_span"])
+        self.trainer.update.follow_chips()
+
+        def aggregator() -> Aggregator:
+            return TreeAggregator(self.group, shares) if config["numerics"] == "exact" else SumAggregator(self.group)
+
+        gradients = aggregator()
+        if config["gradient_sum"] == "plan":
+            num_gradients = sum(p.numel() for p in self.model.parameters())
+            gradients = PlanAggregator(self.emulator.plan, config["wire_dtype"], num_gradients, self.device)
+        several = membership.world_size > 1
+        rows = [self._rows(rank) for rank in range(membership.world_size)]
+        backup = Backup(self.group, self.bank, rows, keepers(membership.nodes)) if several else None
+        self.trainer.take(Part(self.group, gradients, aggregator(), backup, self.passes))
+
+    def _connect(self, membership: Membership) -> Group:
+        ranks = {"rank": membership.rank, "world_size": membership.world_size}
+        return emulator.make(self.config["backend"], **ranks, store=membership.store, device=self.device)
+
+    def join(self, membership: Membership, run_dir: Path) -> Joined:
+        """Go on in another group; all its members call it. PeerLost leaves what this one could bring to the next."""
+        try:
+            group = self._connect(membership)
+        except RuntimeError as error:
+            raise PeerLost(f"connecting to {membership.world_size} workers: {error}") from error
+        try:
+            self.joined = self._align(membership, group, run_dir / "checkpoints")
+        except PeerLost:
+            group.abort()
+            raise
+        return self.joined
+
+    def _align(self, membership: Membership, group: Group, checkpoints: Path) -> Joined:
+        """Come to the state that all agree on (train/recovery)."""
+        mine = Offer(self.trainer.progress.step if self._has_state else None, self.bank.offers())
+        told = gather(group, [mine.step, mine.pieces], self.device)
+        offers = [Offer(step, [tuple(piece) for piece in pieces]) for step, pieces in told]
+        agreed = agree(offers, self.order.num_chips // self.config["bn_span"])
+        if agreed is not None:
+            self._copy_state(agreed, offers, group)
+            rows = self._rows(membership.rank, membership.shares)
+            features = sum(moment.shape[1] for moment in self.trainer.chip_statistics())
+            held = assemble(group, self.bank, agreed.step, agreed.pieces, rows, features, self.device)
+            group.barrier()
+            self._take(membership, group)
+            self.trainer.set_statistics(held)
+            self.bank.forget_after(agreed.step)
+            source, repeated, path, defects = "memory", 0, None, []
+        else:
+            self._build()
+            self.bank.clear()
+            defects: list[str] = []
+            found = newest_sound(checkpoints, defects.append) if group.rank == 0 else None
+            (path, *_) = gather(group, None if found is None else str(found), self.device)
+            self._take(membership, group)
+            if path is not None:
+                self.restore(Path(path))
+            source, step = "beginning" if path is None else "checkpoint", self.trainer.progress.step
+            repeated = max((farthest_step(offers) or step) - step, 0)
+        self._has_state = True
+        self._put_away()
+        return Joined(self.trainer.progress.step, source, repeated, time(), path, tuple(defects))
+
+    def _copy_state(self, agreed: Agreement, offers: list[Offer], group: Group) -> None:
+        """Weights, optimizer and all else that is the same everywhere, from one who has come that far."""
+        if all(offer.step == agreed.step for offer in offers):
+            return
+        leads = group.rank == agreed.leader
+        state = broadcast_state(group, self._replicated() if leads else None, agreed.leader, self.device)
+        if offers[group.rank].step != agreed.step:
+            self._load(state)
+            self._has_state = True
+
+    def _put_away(self) -> None:
+        """The chips' statistics as they stand, for this worker's own bank and its keeper's."""
+        statistics = self.trainer.gathered_statistics()
+        if self.trainer.backup:
+            self.trainer.backup.exchange(self.trainer.progress.step, statistics)
+        else:
+            self.bank.put(self.trainer.progress.step, self._rows(self.membership.rank).start, statistics)
 
     def _gradient_dtypes(self) -> list[torch.dtype]:
         """What gradients are rounded to on their way to the optimizer."""
         wire = [DTYPES[self.config["wire_dtype"]]] if self.config["gradient_sum"] == "plan" else []
         return [self.precision.dtype, *wire]
 
-    def _gradient_aggregator(self) -> Aggregator:
-        if self.config["gradient_sum"] == "plan":
-            num_gradients = sum(p.numel() for p in self.model.parameters())
-            return PlanAggregator(self.emulator.plan, self.config["wire_dtype"], num_gradients, self.device)
-        return self._aggregator()
-
-    def _aggregator(self) -> Aggregator:
-        if self.config["numerics"] == "exact":
-            return TreeAggregator(self.group, self.shares)
-        return SumAggregator(self.group)
-
-    def _chips(self, rank: int) -> range:
+    def _chips(self, rank: int, shares: list[range] | None = None) -> range:
         """The chips of the mesh that a rank carries."""
-        share, size = self.shares[rank], self.blocks.chips
+        share, size = (shares or self.membership.shares)[rank], self.blocks.chips
         return range(share.start * size, share.stop * size)
 
-    def contract(self) -> dict:
-        """What this run promises about its arithmetic, for env.json and the console."""
-        exact = self.config["numerics"] == "exact"
-        order = f"one binary tree over {self.blocks.count} blocks" if exact else "passes in turn, then the backend's"
-        wire = f"fp32 between workers; {self.config['wire_dtype']} on the emulated wire"
-        if self.config["gradient_sum"] == "plan":
-            order = f"that of {self.emulator.plan.name} over {self.order.num_chips} chips"
-            wire = f"{self.config['wire_dtype']}, to which every chip's gradients and every sum are rounded"
-        loss_scale, momentum = self.trainer.update.loss_scale, norm_layers(self.model)[0].momentum
-        return {
-            "numerics": self.config["numerics"],
-            "block_chips": self.blocks.chips,
-            "block_reason": self.blocks.reason,
-            "order": order,
-            "chips_per_pass": max(chip_pass.count for chip_pass in self.passes),
-            "threads": self.context.threads,
-            "precision": self.precision.name,
-            "precision_reason": self.precision.reason,
-            "gradient_dtype": "fp32",
-            "gradient_sum": self.config["gradient_sum"],
-            "wire_dtype": wire,
-            "loss_scale": "dynamic" if loss_scale.dynamic else f"{loss_scale.value:g}",
-            "clip_norm": str(self.config["clip_norm"] or "none"),
-            "ema_decay": str(self.config["ema_decay"] or "none"),
-            "bn_span_chips": self.config["bn_span"],
-            "bn_momentum": f"running = {1 - momentum:g} * running + {momentum:g} * batch (torch: {momentum:g})",
-            "evaluation_statistics": {"mean": "mean over all chips", "chip_0": "chip 0's own"}[self.config["bn_rule"]],
-            "device": self.device,
-            "instruction_set": describe_device(self.device),
-            "torch": str(torch.__version__),  # a subclass of str, which would have the driver import torch
-            "python": platform.python_version(),
-        }
+    def _rows(self, rank: int, shares: list[range] | None = None) -> range:
+        """Of all chips' statistics, those that a rank holds."""
+        chips, span = self._chips(rank, shares), self.config["bn_span"]
+        return range(chips.start // span, chips.stop // span)
 
-    def describe(self) -> dict:
-        """The facts of this run that follow from configuration, data and machine, for result.json and the console."""
-        context = self.context
-        return {
-            "chips": self.order.num_chips,
-            "workers": context.world_size,
-            "threads": context.threads,
-            "device": self.device,
-            "precision": self.precision.name,
-            "numerics": self.config["numerics"],
-            "chip_batch_size": self.chip_batch_size,
-            "global_batch_size": self.order.global_batch_size,
-            "steps_per_epoch": self.order.steps_per_epoch,
-            "total_steps": self.trainer.total_steps,
-            "num_train": len(self.source.train),
-            "num_eval": len(self.source.eval),
-            "model": {"parameters": sum(p.numel() for p in self.model.parameters())} | self.config["model"],
-            "data": self.source.describe(),
-            "notes": self.emulator.notes,
-        }
+    # ---- training ----
 
     def train(self, run_dir: Path) -> dict:
-        """Train to the end; rank 0 writes metrics and checkpoints into `run_dir`. Returns what result.json needs."""
+        """Train on; rank 0 writes metrics and checkpoints into `run_dir`. Returns what result.json needs.
+
+        `status` is done, interrupted, paused (others shall join), or lost: a peer is gone, and nothing else is known.
+        """
         torch.set_num_threads(self.context.threads)  # again: the count is the thread's, and this may be another one
-        run = RunInfo(self, run_dir, self.trainer.progress.step)
-        callbacks = self._callbacks(run_dir, run.resumed_step) if self.context.rank == 0 else []
-        for callback in callbacks:
-            callback.on_start(run)
-        self.context.marks["run folder"] = time()
-        status = "failed"
         try:
-            self.trainer.train(callbacks, lambda progress: self._save(run_dir / "checkpoints", progress))
-            status = "interrupted" if self.trainer.stop_requested.is_set() and not self.finished else "done"
+            self._open(run_dir)
+            self.context.marks.setdefault("run folder", time())
+            granted = self.trainer.train(self._callbacks, self._save)
+            status = "done" if self.trainer.finished else "interrupted" if Wish.STOP in granted else "paused"
+            if status == "paused":
+                self._put_away()
+            elif self.writer:
+                self.writer.close()
+        except PeerLost as error:
+            self.group.abort()
+            return {"status": "lost", "error": str(error)}
+        except Fenced:  # the run's folder is somebody else's by now
+            raise
+        except BaseException:
+            self._end(result(self, "failed"))
+            raise
         finally:
-            result = self._result(status)
-            for callback in callbacks:
-                callback.on_end(result)
-            if status != "failed":
-                self.group.close()
-        return result
+            self._written = self.trainer.progress.step
+        self.group.close()
+        outcome = result(self, status)
+        if status != "paused":
+            self._end(outcome)
+        return outcome
 
-    @property
-    def finished(self) -> bool:
-        progress = self.trainer.progress
-        return progress.reached or progress.step >= self.trainer.total_steps
-
-    def _callbacks(self, run_dir: Path, resumed_step: int) -> list[Callback]:
+    def _open(self, run_dir: Path) -> None:
+        """Rank 0 writes the run's files from now on; what its predecessor wrote and did not write is made good."""
+        step = self.trainer.progress.step
+        if self.group.rank == 0 and self.writer and self._written == step:
+            return
+        for sink in self._sinks:
+            sink.close("failed")
+        if self.writer:
+            with suppress(OSError, RuntimeError):
+                self.writer.close()
+        self._callbacks, self._sinks, self.writer = [self._first_step], [], None
+        if self.group.rank > 0:
+            return
+        attempt = take_over(run_dir / "checkpoints")
+        self.writer = checkpoint.Writer(attempt, self.config["checkpoints_kept"], self.notes.append)
         claim = find(load(), self.config["claim"]["record"])
-        sinks = open_sinks(run_dir, self.config, resumed_step=resumed_step, claim=claim)
-        first_step = FirstStep(self.context.marks)
-        return [first_step, MetricsCallback(sinks), self.progress_callback, MLPerfCallback(), TraceCallback()]
+        self._sinks = open_sinks(run_dir, self.config, resumed_step=step, claim=claim)
+        written = {(row["kind"], row["step"]) for row in read_rows(run_dir)}
+        self._callbacks += [FenceCallback(attempt), MetricsCallback(self._sinks), self.progress_callback]
+        self._callbacks += [MLPerfCallback(), TraceCallback()]
+        run = RunInfo(self, run_dir, step)
+        for callback in self._callbacks:
+            callback.on_start(run)
+        for record in self.trainer.recent:
+            kind = "step" if isinstance(record, StepRecord) else "eval"
+            if (kind, record.step) not in written:
+                for callback in self._callbacks:
+                    getattr(callback, f"on_{kind}")(record)
 
-    def _result(self, status: str) -> dict:
-        progress = self.trainer.progress
-        images = progress.step * self.order.global_batch_size
-        return {
-            "status": status,
-            "top1": progress.top1,
-            "eval_loss": progress.eval_loss,
-            "target_top1": self.config["target_top1"],
-            "reached": progress.reached,
-            "steps": progress.step,
-            "skipped_steps": self.trainer.update.loss_scale.skipped,
-            "epochs": progress.step / self.order.steps_per_epoch,
-            "measured_s": progress.measured_s,
-            "emulated_s": self.trainer.clock.seconds,
-            "emulated_interval_s": list(self.emulator.interval_s(self.trainer.clock.seconds)),
-            "peak_memory_bytes": peak_memory_bytes(self.device),
-            "images_per_s": images / progress.measured_s if progress.measured_s else None,
-            "weights_sha256": checkpoint.weights_sha256(self.model) if status != "failed" else None,
-            "first_step_marks": self.context.marks,
-        }
+    def _end(self, outcome: dict) -> None:
+        """The run's files are complete; should this worker train on all the same, it opens them again."""
+        for callback in self._callbacks:
+            callback.on_end(outcome)
+        self.writer, self._sinks = None, []
 
-    def _save(self, folder: Path, progress: Progress) -> None:
-        """Gather the chips' statistics on rank 0, which writes the checkpoint; all ranks return when it is on disk."""
+    def _save(self, progress: Progress) -> None:
+        """Gather the chips' statistics on rank 0, whose thread writes the checkpoint while training goes on."""
         self.trainer.average_statistics()  # so that the saved weights are complete: what evaluation would use
-        moments = torch.cat([moment.flatten(1) for moment in self.trainer.chip_statistics()], dim=1)
+        moments = self.trainer.gathered_statistics()
         if self.group.rank > 0:
             self.group.send(moments, 0)
-        else:
-            parts = [moments]
-            for rank in range(1, self.group.world_size):
-                rows = len(self._chips(rank)) // self.config["bn_span"]
-                parts.append(moments.new_empty((rows, moments.shape[1])))
-                self.group.recv(parts[-1], rank)
-            state = {
-                "run": self._identity(),
-                **self.trainer.state_dict(),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "chip_moments": torch.cat(parts),
-            }
-            checkpoint.save(folder, progress.step, state)
-            checkpoint.keep_last(folder, KEPT_CHECKPOINTS)
-        self.group.barrier()
+            return
+        parts = [moments]
+        for rank in range(1, self.group.world_size):
+            parts.append(moments.new_empty((len(self._rows(rank)), moments.shape[1])))
+            self.group.recv(parts[-1], rank)
+        state = {"run": identity(self), **self._replicated(), "chip_moments": torch.cat(parts)}
+        self.writer.write(progress.step, checkpoint.copied(state))
+
+    def _replicated(self) -> dict:
+        """What is the same on every worker."""
+        state = self.trainer.state_dict()
+        return {**state, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def _load(self, state: dict) -> None:
+        """From `_replicated`; further entries are left alone."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.trainer.load_state_dict(state)
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint. ValueError where it is another training's; nothing is written."""
         state = checkpoint.load(path)
-        for key, value in self._identity().items():
+        for key, value in identity(self).items():
             saved = state.get("run", {}).get(key)
             if saved != value:
                 raise ValueError(f"{path}: the checkpoint has {key}={saved}, this run {value}; start a new run")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        mine = moments_of(state["chip_moments"], self.passes, self.config["bn_span"]).to(self.device)
-        offset = 0
-        for moment in self.trainer.chip_statistics():
-            moment.copy_(mine[:, offset : offset + moment.shape[1]])
-            offset += moment.shape[1]
-        self.trainer.load_state_dict(state)
-
-    def _identity(self) -> dict:
-        """What must be equal for a checkpoint to continue the same training; the workers may change."""
-        config = self.config
-        exact = {"threads": self.context.threads, "precision": self.precision.name, "block_chips": self.blocks.chips}
-        plan = {"wire_dtype": config["wire_dtype"], "collective": self.emulator.plan.name}
-        return (
-            (exact if config["numerics"] == "exact" else {})
-            | (plan if config["gradient_sum"] == "plan" else {})
-            | {
-                "numerics": config["numerics"],
-                "gradient_sum": config["gradient_sum"],
-                **{key: config[key] for key in ("loss_scale", "clip_norm", "ema_decay")},
-                "chips": self.order.num_chips,
-                "chip_batch_size": self.chip_batch_size,
-                "seed": config["seed"],
-                "bn_span": config["bn_span"],
-                "data": self.source.fingerprint,
-                "parameters": sum(p.numel() for p in self.model.parameters()),
-                "optimizer": type(self.optimizer).__name__,
-            }
-        )
+        self._load(state)
+        self.trainer.set_statistics(moments_of(state["chip_moments"], self.passes, self.config["bn_span"]))
 
 
 class FirstStep(Callback):
@@ -332,13 +376,6 @@ class FirstStep(Callback):
 
     def on_step(self, record: Any) -> None:
         self.marks.setdefault("first step", time())
-
-
-def peak_memory_bytes(device: str) -> int:
-    """The most memory that this process has held: of its GPU, or else of the machine."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def run_worker(config: dict, context: WorkerContext, run_dir: Path, resume_from: Path | None = None) -> dict:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train import mlperf_log, trace
+from train.checkpoint_files import check_fence
 from train.metrics import Sink, eval_row, read_rows, step_row, write_aside
 
 
@@ -23,6 +24,16 @@ class Callback:
     def on_eval(self, record) -> None: ...
 
     def on_end(self, result: dict) -> None: ...
+
+
+class FenceCallback(Callback):
+    """Ends this worker with Fenced once another writer has taken the run over."""
+
+    def __init__(self, attempt: Path) -> None:
+        self._attempt = attempt
+
+    def on_step(self, record) -> None:
+        check_fence(self._attempt)
 
 
 class MetricsCallback(Callback):
@@ -125,12 +136,13 @@ class MLPerfCallback(Callback):
 
 
 class TraceCallback(Callback):
-    """Writes trace.json at the end, from the first and the last steps and every evaluation."""
+    """Writes trace.json at the end, from the first and the last steps, those that recover, and every evaluation."""
 
     def on_start(self, run) -> None:
         self._run = run
         self._first: list[dict] = []
         self._last: deque[dict] = deque(maxlen=trace.NUM_STEPS)
+        self._recoveries: list[dict] = []
         self._evals: list[dict] = []
         for row in _resumed_rows(run):
             self._keep(row)
@@ -142,7 +154,8 @@ class TraceCallback(Callback):
         self._keep(eval_row(record))
 
     def on_end(self, result: dict) -> None:
-        text = trace.dumps([*self._first, *self._last], self._evals, self._run.config.get("experiment", "run"))
+        steps = [*self._first, *self._recoveries, *self._last]
+        text = trace.dumps(steps, self._evals, self._run.config.get("experiment", "run"))
         write_aside(Path(self._run.run_dir) / "trace.json", text)
 
     def _keep(self, row: dict) -> None:
@@ -150,6 +163,8 @@ class TraceCallback(Callback):
             self._evals.append(row)
         elif len(self._first) < trace.NUM_STEPS:
             self._first.append(row)
+        elif "emulated/recovery_s" in row["values"] and len(self._recoveries) < trace.MAX_RECOVERIES:
+            self._recoveries.append(row)
         else:
             self._last.append(row)
 

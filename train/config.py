@@ -37,15 +37,30 @@ class Claim:
 
 @dataclass(frozen=True)
 class Launch:
-    kind: Literal["local", "ray_job"] = key("local: a process of this machine; ray_job: a job of a running Ray head")
+    kind: Literal["local", "ray_job", "slurm", "kuberay"] = key("a process here, or a job of Ray, Slurm, Kubernetes")
     address: str | None = key("ray_job: the head's job server, such as http://127.0.0.1:8265")
     fetch_to: str = key("action=fetch: folder that the run folder is copied into, under the job's id")
+    nodes: int = key("slurm, kuberay: machines")
+    minutes: int | None = key("slurm, kuberay: time limit; null: the partition's own, or none")
+    notice_s: int = key("slurm: seconds before the limit at which the run saves and is queued again to go on")
+    sbatch: dict[str, str] = key("slurm: further options of sbatch, such as {partition: gpu, gres: 'gpu:4'}")
+    image: str | None = key("kuberay: container image in which this program is installed")
+    volume: str | None = key("kuberay: claim of the volume that all pods mount at run_root")
+    namespace: str = key("kuberay: Kubernetes namespace")
+    cpus: int = key("kuberay: processors of a node")
+    gpus: int = key("kuberay: GPUs of a node")
+    memory_gbytes: int = key("kuberay: memory of a node")
+    apply: bool = key("kuberay: hand the manifest to kubectl; false: only write it")
 
 
 @dataclass(frozen=True)
 class Cluster:
     address: str | None = key("null: start Ray on this machine; auto or host:port: join a running cluster")
-    expose: bool = key("let Ray listen beyond loopback")
+    expose: bool = key("let Ray listen beyond loopback; a cluster of several machines that is joined does anyhow")
+    interface: str | None = key("network interface the nodes talk over where exposed; null: their Ray addresses'")
+    nodes: int | None = key("nodes to wait for; null: as many as carry the workers")
+    wait_s: float = key("seconds to wait for nodes that are missing")
+    labels: dict[str, str] = key("Ray labels of the nodes to use, such as {pool: a}; {}: all")
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,7 @@ class Config:
     experiment: str = key("name of the experiment: the chosen file of conf/experiment")
     recipe: str = key("model, optimizer, schedule, batch, epochs and target as published; wins over the experiment's")
     workers: int | Literal["auto"] = key("Ray workers that share the chips; auto: one per GPU, or per two CPU cores")
-    shares: list[int] | None = key("blocks of each worker; null: as equal as can be")
+    shares: list[int] | None = key("blocks of each worker; null: by the nodes' labels speed, or as equal as can be")
     threads: int | Literal["auto"] = key("torch threads per worker; auto: the cores divided by the workers")
     device: Literal["auto", "cpu", "cuda"] = key("where the workers compute; auto: cuda where there is one")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = key("dtype of the real computation; auto: the fastest here")
@@ -98,8 +113,13 @@ class Config:
         "name of the run folder; null: <experiment>-<date>-<time>; launch.emulate: the folder of a run to re-time"
     )
     resume: str | None = key("auto: go on with the experiment's newest run; or the name of a run; null: start anew")
-    checkpoint_every: float = key("epochs between checkpoints; 0: only at the end")
-    hang_timeout_s: float = key("seconds without a sign of life of a worker after which the run fails")
+    checkpoint_steps: int | None = key("steps between checkpoints; null: no matter how many")
+    checkpoint_s: float | None = key("seconds between checkpoints; null: no matter how long; the end has one anyway")
+    checkpoints_kept: int = key("latest checkpoints that are kept")
+    hang_timeout_s: float = key("seconds without a sign of life of a worker after which it counts as lost")
+    max_restarts: int = key("workers that are started in place of lost ones, in all; then the run goes on without")
+    min_workers: int = key("with fewer, the run waits for workers that are started")
+    replacement_wait_s: float = key("seconds that it waits, then fails")
 
     format: Literal["table", "json"] = key("what launch.emulate and launch.verdict print")
     explain: bool = key("print every number that moves the emulated clock, with its origin")
@@ -126,14 +146,20 @@ class Config:
 
     def check(self) -> None:
         sizes = "chip_batch_size", "global_batch_size"
-        for name in ("workers", "threads", "bn_span", "chips_per_pass", "max_steps", *sizes):
+        counts = "workers", "threads", "bn_span", "chips_per_pass", "max_steps", "checkpoint_steps", "checkpoints_kept"
+        for name in (*counts, "min_workers", *sizes):
             _demand(self, name, lambda value: isinstance(value, str) or value >= 1, "must be at least 1")
-        for name in ("eval_every", "hang_timeout_s"):
+        for name in ("eval_every", "hang_timeout_s", "checkpoint_s", "replacement_wait_s"):
             _demand(self, name, lambda value: value > 0, "must be above 0")
-        for name in ("eval_offset", "checkpoint_every", "seed"):
+        for name in ("eval_offset", "max_restarts", "seed"):
             _demand(self, name, lambda value: value >= 0, "must not be negative")
         for name in ("clip_norm", "loss_scale"):
             _demand(self, name, lambda value: isinstance(value, str) or value > 0, "must be above 0")
+        for name in ("nodes", "minutes", "notice_s", "cpus", "memory_gbytes"):
+            _demand(self.launch, name, lambda value: value >= 1, "must be at least 1", "launch.")
+        _demand(self.launch, "gpus", lambda value: value >= 0, "must not be negative", "launch.")
+        _demand(self.cluster, "nodes", lambda value: value >= 1, "must be at least 1", "cluster.")
+        _demand(self.cluster, "wait_s", lambda value: value >= 0, "must not be negative", "cluster.")
         _demand(self, "ema_decay", lambda value: 0 < value < 1, "must be above 0 and below 1")
         _demand(self, "label_smoothing", lambda value: 0 <= value < 1, "must be at least 0 and below 1")
 
@@ -151,10 +177,10 @@ class Config:
             raise ConfigError("global_batch_size", f"{total} is no multiple of chip_batch_size={chip}: set one to null")
 
 
-def _demand(config: Config, name: str, holds: Any, remedy: str) -> None:
+def _demand(config: Any, name: str, holds: Any, remedy: str, prefix: str = "") -> None:
     value = getattr(config, name)
     if value is not None and not holds(value):
-        raise ConfigError(name, f"{show(value)} {remedy}")
+        raise ConfigError(prefix + name, f"{show(value)} {remedy}")
 
 
 def _typed(cls: type, values: Any, prefix: str) -> dict:

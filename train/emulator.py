@@ -1,12 +1,12 @@
 """Configuration -> emulated machine: what a step, an evaluation and a whole run would take on the modelled chips."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from train import emulator_origins, emulator_recipe
+from train import emulator_faults, emulator_origins, emulator_recipe
 from train.comm.algorithms import halving_doubling
 from train.comm.plan import Plan
 from train.mesh.blocks import hosts_per_block
@@ -17,7 +17,7 @@ from train.sim import convergence
 from train.sim import workload as workloads
 from train.sim.calibration import Calibration
 from train.sim.convergence import Epochs
-from train.sim.faults import Fault
+from train.sim.faults import Condition, Fault, condition, each, slowed
 from train.sim.network import AlphaBeta
 from train.sim.run import INTERVAL, RunTime, quantile, run_time
 from train.sim.step import WIRE_BYTES, StepTime, norm_messages, step_time, update_bytes
@@ -56,12 +56,18 @@ class Emulator:
         notes: list[str],
         optimizer: str = "sgd",
         bn_span: int = 1,
-        fault: Fault | None = None,
+        faults: Sequence[Fault] = (),
+        seed: int = 0,
+        checkpoint_steps: int | None = None,
     ):
         if wire_dtype not in WIRE_BYTES:
             raise ValueError(f"wire_dtype={wire_dtype}: use one of {', '.join(WIRE_BYTES)}")
-        self.fault = fault or Fault()
-        self.mesh = mesh = self.fault.on_mesh(mesh)
+        self.faults, self.seed, self.checkpoint_steps = faults, seed, checkpoint_steps
+        slowed(mesh, [fault.slow_link for fault in faults if fault.slow_link])  # links that it has not are told at once
+        self.standing = condition([fault for fault in faults if fault.stands])
+        self.prices: dict[Condition, StepTime] = {}
+        self.sound_mesh = mesh
+        self.mesh = mesh = slowed(mesh, self.standing.links)
         self.chip = chip
         self.workload = workload
         self.network = network
@@ -78,15 +84,14 @@ class Emulator:
         self.num_eval = num_eval
         self.data_origin = data_origin
         self._collective = collective
-        self._plans: dict[int, Plan] = {}
-        self._reduce_s: dict[tuple[int, float], float] = {}
         self._reference = workloads.resnet()
         self.work = workload.training_flops / self._reference.training_flops
         self.sustained_flops = chip.sustained_flops(
             self._reference.training_flops, precision, self.calibration.half_batch
         )
         self.active_chips = min(mesh.num_chips, global_batch_size)
-        self.plan = self._plan(self.active_chips)
+        hosts_per_block(mesh, bn_span)  # what training refuses has no price either
+        self.put_on(mesh)
         self.jitter = self.calibration.jitter if chip.jitter is None else chip.jitter
         self.startup_s = chip.startup_s
         if self.startup_s is None:
@@ -98,9 +103,15 @@ class Emulator:
         if self.model_error is None:
             self.model_error = network.model_error
         self.update_s = self._update_s()
-        hosts_per_block(mesh, bn_span)  # what training refuses has no price either
-        self.norm_s = self._norm_s(self.active_chips)
         self.notes = notes + emulator_origins.notes(self)
+
+    def put_on(self, mesh: Mesh) -> None:
+        """The same machine with links of other rates."""
+        self.mesh = mesh
+        self._plans: dict[int, Plan] = {}
+        self._reduce_s: dict[tuple[int, float], float] = {}
+        self.plan = self._plan(self.active_chips)
+        self.norm_s = self._norm_s(self.active_chips)
 
     def _plan(self, active_chips: int) -> Plan:
         """The collective on the hosts that have work."""
@@ -155,10 +166,10 @@ class Emulator:
         return self._step(math.ceil(global_batch_size / self.mesh.num_chips), active)
 
     def _step(self, images_per_chip: int, active_chips: int) -> StepTime:
-        return step_time(**self.step_inputs(images_per_chip, active_chips))
+        return step_time(**self.step_inputs(images_per_chip, active_chips, self.standing.slowdown))
 
-    def step_inputs(self, images_per_chip: int, active_chips: int) -> dict:
-        """What `train.sim.step.step_time` is given."""
+    def step_inputs(self, images_per_chip: int, active_chips: int, slowdown: float = 1.0) -> dict:
+        """What `train.sim.step.step_time` is given, where one chip computes `slowdown` times as long as the mean."""
         compute_s, host_rate = self.compute_s(images_per_chip), self.mesh.host_images_per_s
         host_images = images_per_chip * min(self.mesh.chips_per_host, active_chips)
         inside = min(self.chip.measured_on(self.precision), active_chips)
@@ -172,7 +183,7 @@ class Emulator:
             all_reduce_s=lambda nbytes: self._all_reduce_s(active_chips, nbytes),
             num_chips=active_chips,
             inside_s=(lambda nbytes: self._all_reduce_s(inside, nbytes)) if inside > 1 else None,
-            straggler_s=self.fault.straggler_s(compute_s, self.wait_s(images_per_chip, active_chips)),
+            straggler_s=max(self.wait_s(images_per_chip, active_chips), (slowdown - 1) * compute_s),
             overlap=self.calibration.overlap,
             floor_s=self.calibration.launch_floor_s * self.software_factor,
             norm_s=self.norm_s if active_chips == self.active_chips else self._norm_s(active_chips),
@@ -213,13 +224,14 @@ class Emulator:
 
     def run(self) -> dict:
         """The object that `launch.emulate format=json` prints; every time in it is emulated."""
-        step, run = self.step(self.global_batch_size), self.run_time()
+        step, run, told = self.step(self.global_batch_size), self.run_time(), {}
+        if self.faults:
+            run, told["faults"] = emulator_faults.disturbed(self, run)
         rate = self.global_batch_size / step.step_s
         per_chip = rate / self.mesh.num_chips
         images = math.ceil(self.global_batch_size / self.mesh.num_chips)
         of_host = min(self.mesh.chips_per_host, self.active_chips)
-        sound = self.step_inputs(images, of_host) | {"straggler_s": self.wait_s(images, of_host)}
-        host_per_chip = images / step_time(**sound).step_s
+        host_per_chip = images / step_time(**self.step_inputs(images, of_host)).step_s
         return {
             "label": "emulated",
             "time_to_train_s": run.time_to_train_s,
@@ -266,6 +278,7 @@ class Emulator:
                 name: value for name, value in self.calibration.in_use().items() if emulator_origins.moves(self, name)
             },
             "model_error": self.model_error,
+            **told,
             "notes": self.notes,
         }
 
@@ -325,7 +338,9 @@ def build(
         notes=notes,
         optimizer=emulator_recipe.optimizer(config),
         bn_span=config["bn_span"],
-        fault=make(config["faults"]) if config.get("faults") else None,
+        faults=each(make(config["faults"]) if config.get("faults") else None),
+        seed=config.get("seed", 0),
+        checkpoint_steps=config.get("checkpoint_steps"),
     )
 
 

@@ -47,7 +47,7 @@ def origins(made: Emulator) -> list[Origin]:
     if made.bn_span > 1:
         why = f"derived: halving-doubling of 2 x channels in fp32, twice a layer, over {made.bn_span} chips"
         lines.append(Origin("bn_sync", made.norm_s * 1e3, "ms a step", why))
-    lines += [_input(made), _update(made), *made.fault.origins()]
+    lines += [_input(made), _update(made), *(origin for fault in made.faults for origin in fault.origins())]
     in_calibration = constants.model_error is not None
     if not in_calibration:
         lines.append(Origin("network.model_error", made.model_error, "sigma of ln(time)", made.network.source))
@@ -130,6 +130,7 @@ def notes(made: Emulator) -> list[str]:
     if len(sources) > 1 and "software" not in anchors[0]:
         found.append(f"rates of {chip.name} come from different software: " + "; ".join(sources))
     found += _software(made) + _contention(made)
+    found += [f"fault: {fault.name}, {fault.when()}: {fault.words()}" for fault in made.faults]
     for origin in origins(made):
         if origin.origin.startswith("assumed"):
             value = f"{origin.value:g}" if isinstance(origin.value, (int, float)) else origin.value

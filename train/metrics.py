@@ -45,6 +45,8 @@ def step_row(record) -> dict:
         "emulated/straggler_s": emulated.straggler_s,
         "emulated/input_s": emulated.input_s,
         "emulated/other_s": emulated.other_s,
+        "emulated/recovery_s": emulated.recovery_s or None,
+        **record.faults,
     }
     return _row("step", record, values)
 

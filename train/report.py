@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from train import report_faults
 from train.conditions import (
     Condition,
     as_count,
@@ -48,7 +49,8 @@ class Report:
 
     @property
     def text(self) -> str:
-        return "\n".join(run.markdown for run in self.runs)
+        several = ["\n".join(report_faults.beside([run.data for run in self.runs])) + "\n"] if self.runs[1:] else []
+        return "\n".join([*(run.markdown for run in self.runs), *several])
 
 
 def report(run_dirs: list[str | Path], records: list[Record] | None = None) -> Report:
@@ -89,6 +91,7 @@ def _report(run_dir: Path, records: list[Record]) -> RunReport:
         "first_step": result.get("first_step") or {},
         "weights_sha256": result.get("weights_sha256"),
         "restarts": result.get("restarts"),
+        "faults": result.get("faults"),
     }
     return RunReport(run_dir, _markdown(data, result, claim, neighbours, differing), data)
 
@@ -148,6 +151,8 @@ def _measured(result: dict) -> dict:
 
 def _images(result: dict) -> int:
     """Training images of the run: rates are over the whole clock, as published ones are."""
+    if result.get("images") is not None:
+        return result["images"]
     return (result.get("steps") or 0) * (result.get("global_batch_size") or 0)
 
 
@@ -175,6 +180,9 @@ def _markdown(
             lines += ["", *_wrap(f"Same as the claim: {', '.join(same)}.")]
     if neighbours:
         lines += ["", "## Published neighbours of the claim", "", *_bullets(map(_record, neighbours))]
+    if data["faults"]:
+        lines += ["", "## Faults on the emulated machine", ""]
+        lines += [line for text in report_faults.lines(data["faults"]) for line in _lines(text)]
     if data["data_notes"]:
         lines += ["", "## About the data", "", *_bullets(data["data_notes"])]
     if data["notes"]:
@@ -242,12 +250,7 @@ def _table(data: dict) -> list[str]:
         cells.insert(3 if missed else 2, ("5 % to 95 %, by the model's error", "-", as_interval(interval), "-"))
     if peak := measured["peak_memory_bytes"]:
         cells.append(("peak memory of a worker", "-", "-", f"{peak / 1e9:.1f} GB"))
-    widths = [max(len(row[i]) for row in cells) for i in range(4)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return lines
+    return report_faults.table(cells)
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
@@ -272,6 +275,11 @@ def _record(record: Record) -> str:
 def _wrap(text: str, indent: str = "") -> list[str]:
     options = {"break_long_words": False, "break_on_hyphens": False}
     return textwrap.wrap(text, WIDTH, subsequent_indent=indent, **options)
+
+
+def _lines(text: str) -> list[str]:
+    """A paragraph wrapped, a row of a table as it is."""
+    return [text] if text.startswith("|") or not text else _wrap(text)
 
 
 def _bullets(texts) -> list[str]:

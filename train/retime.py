@@ -6,7 +6,9 @@ stays as it was.
 
 from collections.abc import Iterable
 
+from train import emulator_faults
 from train.emulator import Emulator
+from train.sim.step import StepTime
 
 CLOCKS = ("emulated", "published")
 """Which clock a run's rows were on: a training run's emulated one, or that of a published log."""
@@ -23,21 +25,26 @@ def own_clock(row: dict) -> str:
 def retime(rows: Iterable[dict], made: Emulator) -> list[dict]:
     """Rows of kind step and eval (see train/metrics) with emulated times of `made`, and nothing measured or published.
 
-    Every step is one of the run's global batch, which `made` was built for.
+    Every step is one of the run's global batch, which `made` was built for. Faults of `made` move its clock alone.
     """
-    step, eval_s, evals, found = made.step(made.global_batch_size), made.eval_s(made.num_eval), 0, []
-    parts = {f"emulated/{name}": seconds for name, seconds in vars(step).items()}
-    of_step = {"emulated/images_per_s": made.global_batch_size / step.step_s, "emulated/step_s": step.step_s, **parts}
+    rows = list(rows)
+    toll = emulator_faults.toll(made, max((row["step"] for row in rows), default=0))
+    eval_s, evals, found = made.eval_s(made.num_eval), 0, []
     for row in rows:
         evals += row["kind"] == "eval"
         computed = {tag: value for tag, value in row["values"].items() if tag.partition("/")[0] in ("train", "eval")}
-        timed = of_step if row["kind"] == "step" else {"emulated/eval_s": eval_s}
-        seconds = made.startup_s + row["step"] * step.step_s + evals * eval_s
+        timed = _of_step(toll.step(row["step"]), made) if row["kind"] == "step" else {"emulated/eval_s": eval_s}
+        seconds = made.startup_s + toll.train_s(row["step"]) + evals * eval_s
         found.append(
             {"kind": row["kind"], "step": row["step"], "epoch": row["epoch"], "emulated_s": seconds}
             | {"values": computed | timed}
         )
     return found
+
+
+def _of_step(step: StepTime, made: Emulator) -> dict[str, float]:
+    parts = {f"emulated/{name}": seconds for name, seconds in vars(step).items() if name != "recovery_s" or seconds}
+    return {"emulated/images_per_s": made.global_batch_size / step.step_s, "emulated/step_s": step.step_s, **parts}
 
 
 def result(before: list[dict], rows: list[dict], made: Emulator, target_top1: float) -> dict:
@@ -47,7 +54,10 @@ def result(before: list[dict], rows: list[dict], made: Emulator, target_top1: fl
     """
     if not rows:
         raise ValueError("the run has no steps and no evaluations in metrics.jsonl: there is nothing to re-time")
-    step, end, clock = made.step(made.global_batch_size), rows[-1], own_clock(before[-1])
+    end, clock = rows[-1], own_clock(before[-1])
+    toll = emulator_faults.toll(made, end["step"])
+    parts = vars(toll.parts(end["step"]))
+    parts["other_s"] += parts.pop("recovery_s")
     pairs = [(old, new) for old, new in zip(before, rows, strict=True) if new["kind"] == "eval"]
     reached = next((pair for pair in pairs if pair[1]["values"]["eval/top1"] >= target_top1), None)
     was_s, at_s = (reached[0][f"{clock}_s"], reached[1]["emulated_s"]) if reached else (None, None)
@@ -60,7 +70,8 @@ def result(before: list[dict], rows: list[dict], made: Emulator, target_top1: fl
         "epochs_interval": [end["epoch"], end["epoch"]],
         "epochs_from": "the run",
         "evaluations": len(pairs),
-        **{name: end["step"] * seconds for name, seconds in vars(step).items()},
+        **parts,
+        **({"faults": toll.report(end["step"])} if made.faults else {}),
         "eval_s": len(pairs) * made.eval_s(made.num_eval),
         "startup_s": made.startup_s,
         "target_top1": target_top1,

@@ -1,8 +1,8 @@
 """A run as a trace in Chrome's event format (opens in Perfetto): the emulated machine's lanes and this machine's.
 
 Format: "Trace Event Format", complete events (ph X, microseconds) and name metadata (ph M). Only the first and the
-last NUM_STEPS steps and the evaluations are drawn. Durations are those of the rows; inside a step the order of the
-parts is schematic.
+last NUM_STEPS steps, those with a recovery from a fault, and the evaluations are drawn. Durations are those of the
+rows; inside a step the order of the parts is schematic.
 """
 
 import json
@@ -10,6 +10,7 @@ import json
 from train.metrics import finite
 
 NUM_STEPS = 20
+MAX_RECOVERIES = 100  # the first ones
 MAX_EVALS = 500  # the last ones, so that the file stays under 2 MB
 
 EMULATED, MEASURED = 1, 2  # process ids
@@ -20,6 +21,7 @@ EMULATED_LANES = {
     "emulated/straggler_s": "waiting for the slowest chip",
     "emulated/exposed_comm_s": "exposed communication",
     "emulated/other_s": "other",
+    "emulated/recovery_s": "recovering from a fault",
     "emulated/eval_s": "evaluation",
 }
 MEASURED_LANES = {

@@ -3,11 +3,16 @@
 A worker holds consecutive chips of the mesh. It goes through them in passes; every pass hands the gradients of its
 chips' own mean losses to the aggregator. Their sum over all chips of all workers, divided by the number of chips, is
 what the optimizer steps with, as data parallelism computes it.
+
+Which chips those are, and with whom they are summed, may change at any step boundary (`take`): the rest of a trainer's
+state is the same on all workers. An operation that a dead worker breaks raises PeerLost and leaves that state as it was
+after the last finished step or evaluation.
 """
 
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -19,53 +24,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from train.comm.aggregation import Aggregator
-from train.comm.groups import Group
+from train.comm.backup import Backup
+from train.comm.groups import Group, PeerLost
 from train.data.loader import Prefetcher
 from train.data.order import Order, eval_batches
 from train.data.source import Source
 from train.models.chip_norm import ChipPass, chip_moments, evaluation_moments
+from train.models.damage import Damage, frozen_statistics, without
 from train.optim.update import DivergedError, WeightUpdate
 from train.precision import Precision
+from train.progress import EvalRecord, Limits, Progress, StepRecord, Wish, as_record
 from train.sim.clock import EmulatedClock
-from train.sim.step import StepTime
+from train.sim.timeline import Timeline
 
+NUM_RECENT = 4  # records that a worker keeps for whoever writes them down in place of one that died
 EVAL_BATCH_SIZE = 64  # fixed, so that the images of an evaluation are computed alike on any number of workers
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One finished training step, over all chips. Both clocks in seconds, as they stand after the step."""
-
-    step: int
-    epoch: float
-    loss: float
-    top1: float
-    learning_rate: float
-    grad_norm: float
-    images: int
-    step_s: float
-    data_wait_s: float
-    comm_s: float
-    measured_s: float
-    emulated_s: float
-    emulated: StepTime
-    loss_scale: float | None = None  # of this step; None where none is applied
-    skipped_steps: int | None = None  # so far, this one included
-
-
-@dataclass(frozen=True)
-class EvalRecord:
-    """One evaluation over the held-out images. Both clocks in seconds, as they stand after it."""
-
-    step: int
-    epoch: float
-    top1: float
-    loss: float
-    images: int
-    seconds: float
-    emulated_eval_s: float
-    measured_s: float
-    emulated_s: float
 
 
 class Callback(Protocol):
@@ -77,31 +50,20 @@ class Callback(Protocol):
 
 
 @dataclass(frozen=True)
-class Limits:
-    """When the run evaluates, saves and stops. Epochs are counted in steps / steps per epoch."""
+class Part:
+    """A worker's part of the mesh, and how what it computes meets the other workers'."""
 
-    epochs: float
-    target_top1: float
-    eval_every: float
-    eval_offset: float
-    checkpoint_every: float
-    max_steps: int | None
-
-
-@dataclass
-class Progress:
-    """Where the run stands; the part of a checkpoint that is neither weights nor statistics."""
-
-    step: int = 0
-    measured_s: float = 0.0
-    top1: float | None = None
-    eval_loss: float | None = None
-    reached: bool = False
-    evaluated_at: int = -1
+    group: Group
+    gradients: Aggregator
+    statistics: Aggregator
+    backup: Backup | None
+    """None where nobody could keep anything twice."""
+    passes: list[ChipPass]
+    """Of its chips, counted from its first one, whose number is `passes[0].first` of the mesh."""
 
 
 class Trainer:
-    """One worker's part of a run; every worker makes one and calls `train`."""
+    """One worker's side of a run; every worker makes one, is given its `Part`, and calls `train`."""
 
     def __init__(
         self,
@@ -111,59 +73,79 @@ class Trainer:
         order: Order,
         update: WeightUpdate,
         schedule: Callable[[float], float],
-        gradients: Aggregator,
-        statistics: Aggregator,
         bn_rule: str,
-        group: Group,
-        passes: list[ChipPass],
         chips_per_block: int,
         clock: EmulatedClock,
         limits: Limits,
         precision: Precision,
         label_smoothing: float,
         device: str,
+        wishes: dict[Wish, threading.Event] | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
-        """`passes`: this worker's chips, counted from its first one, whose number is `passes[0].first` of the mesh."""
+        """`wishes`: what this worker asks of all; other threads may set them at any time.
+
+        `timeline`: of the faults of the emulated machine, as far as the arithmetic feels them.
+        """
         self.model, self.source, self.order = model, source, order
         self.update, self.schedule = update, schedule
-        self.gradients, self.statistics, self.group = gradients, statistics, group
-        self.bn_rule = bn_rule
-        self.passes, self.chips_per_block = passes, chips_per_block
-        self.first_chip = passes[0].first
-        self.clock, self.limits, self.precision = clock, limits, precision
+        self.bn_rule, self.chips_per_block = bn_rule, chips_per_block
+        self.clock, self.limits, self.precision, self.timeline = clock, limits, precision, timeline
         self.label_smoothing, self.device = label_smoothing, device
         self.parameters = list(model.parameters())
         self.progress = Progress()
-        self.stop_requested = threading.Event()
-        self._agreed_to_stop = False
+        self.recent: deque[StepRecord | EvalRecord] = deque(maxlen=NUM_RECENT)
+        self.wishes = wishes or {wish: threading.Event() for wish in Wish}
+        self.abandoned = threading.Event()
+        """Set from outside when a peer is known to be lost: the step at hand ends with PeerLost."""
+        self._granted: set[Wish] = set()
+        self._saved_at = (-1, time.monotonic())  # step, and when
         self._started_at = 0.0
+
+    def take(self, part: Part) -> None:
+        """Compute this part from now on; the model has room for its chips' statistics."""
+        self.group, self.gradients, self.statistics = part.group, part.gradients, part.statistics
+        self.backup, self.passes, self.first_chip = part.backup, part.passes, part.passes[0].first
+        self.damage = Damage(self.timeline, self.model, part.passes)
+        self.abandoned.clear()
 
     @property
     def total_steps(self) -> int:
         steps = math.ceil(self.limits.epochs * self.order.steps_per_epoch - 1e-9)
         return steps if self.limits.max_steps is None else min(steps, self.limits.max_steps)
 
-    def train(self, callbacks: list[Callback], save: Callable[[Progress], None]) -> Progress:
-        """Train to the target, the last epoch or a requested stop; every worker calls `save` at the same steps."""
+    @property
+    def finished(self) -> bool:
+        return self.progress.reached or self.progress.step >= self.total_steps
+
+    def train(self, callbacks: list[Callback], save: Callable[[Progress], None]) -> set[Wish]:
+        """Train to the target, the last epoch or a granted wish; every worker calls `save` at the same steps.
+
+        Returns the wishes granted by all after the last step; after PAUSE alone the training may be gone on with.
+        """
         progress = self.progress
         self._started_at = time.perf_counter() - progress.measured_s
+        self._granted = set()
         with Prefetcher(self.source.train, self._batches(), seed=self.order.seed, depth=2) as loader:
             while True:
                 due = self._due(self.limits.eval_every, self.limits.eval_offset)
                 if due and progress.evaluated_at != progress.step:
-                    record = self.evaluate()
+                    self.recent.append(record := self.evaluate())
                     for callback in callbacks:
                         callback.on_eval(record)
-                if progress.step and self._due(self.limits.checkpoint_every, 0.0):
+                ends = self.finished or Wish.STOP in self._granted
+                if (ends or self._save_due()) and progress.step != self._saved_at[0]:
                     save(progress)
-                if progress.reached or self._agreed_to_stop or progress.step >= self.total_steps:
-                    break
-                record = self._step(loader)
+                    self._saved_at = progress.step, time.monotonic()
+                if ends or Wish.PAUSE in self._granted:
+                    return self._granted
+                self.recent.append(record := self._step(loader))
                 for callback in callbacks:
                     callback.on_step(record)
-        if not self._due(self.limits.checkpoint_every, 0.0):
-            save(progress)
-        return progress
+
+    def _save_due(self) -> bool:
+        every = self.limits.checkpoint_steps
+        return Wish.SAVE in self._granted or bool(every and self.progress.step and self.progress.step % every == 0)
 
     def evaluate(self) -> EvalRecord:
         """Top-1 accuracy and loss over the held-out images, each counted once, of the averaged weights if there are."""
@@ -220,12 +202,15 @@ class Trainer:
             for mean, part in zip(evaluated, own.split([len(mean) for mean in evaluated]), strict=True):
                 mean.copy_(part)
             return
-        rows_per_block = self.chips_per_block // self.passes[0].span
+        span, lost = self.passes[0].span, self.damage.lost_groups(self.progress.step)
+        rows_per_block, first_row = self.chips_per_block // span, self.first_chip // span
         for i in range(len(moments[0]) // rows_per_block):
             rows = slice(i * rows_per_block, (i + 1) * rows_per_block)
+            if lost:
+                rows = [row for row in range(rows.start, rows.stop) if first_row + row not in lost]
             block = self.first_chip // self.chips_per_block + i
             self.statistics.add(block, [moment[rows].sum(0) for moment in moments])
-        num_rows = self.order.num_chips // self.passes[0].span
+        num_rows = self.order.num_chips // span - len(lost)
         for mean, total in zip(evaluated, self.statistics.total(), strict=True):
             mean.copy_(total / num_rows)
 
@@ -233,16 +218,33 @@ class Trainer:
         """The chips' running moments, then their averages if any: tensors of [groups, channels] (not copies)."""
         return chip_moments(self.model) + (self.update.averages.chip_moments if self.update.averages else [])
 
+    def gathered_statistics(self) -> Tensor:
+        """A copy of `chip_statistics`: [groups, channels of all layers]."""
+        return torch.cat([moment.flatten(1) for moment in self.chip_statistics()], dim=1)
+
+    def set_statistics(self, rows: Tensor) -> None:
+        """The other way round: [groups, channels of all layers] into `chip_statistics`."""
+        moments = self.chip_statistics()
+        for moment, values in zip(moments, rows.split([moment.shape[1] for moment in moments], dim=1), strict=True):
+            moment.copy_(values)
+
     def state_dict(self) -> dict:
         """What a checkpoint holds beside model, optimizer and `chip_statistics`; the same on all workers.
 
         The model's own weights are the raw ones whatever `ema_decay` is; the averaged ones are `averages`.
         """
-        return {"progress": asdict(self.progress), "clock": self.clock.state_dict(), **self.update.state_dict()}
+        return {
+            "progress": asdict(self.progress),
+            "clock": self.clock.state_dict(),
+            "recent": [asdict(record) for record in self.recent],
+            **self.update.state_dict(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from a `state_dict` (further entries are left alone) that has averages if this run does."""
         self.progress = Progress(**state["progress"])
+        self._saved_at = -1, time.monotonic()
+        self.recent = deque(map(as_record, state["recent"]), maxlen=NUM_RECENT)
         self.clock.load_state_dict(state["clock"])
         self.update.load_state_dict(state)
 
@@ -257,14 +259,15 @@ class Trainer:
         self.clock.advance_step()
         now = time.perf_counter()
         progress.measured_s = now - self._started_at
+        images = order.chip_batch_size * self._living(progress.step)
         return StepRecord(
             step=progress.step,
             epoch=progress.step / order.steps_per_epoch,
             loss=loss,
-            top1=correct / order.global_batch_size,
+            top1=correct / images,
             learning_rate=learning_rate,
             grad_norm=grad_norm,
-            images=order.global_batch_size,
+            images=images,
             step_s=now - started,
             data_wait_s=loader.wait_s - waited,
             comm_s=self.gradients.comm_s,
@@ -273,31 +276,75 @@ class Trainer:
             emulated=self.clock.step,
             loss_scale=scale,
             skipped_steps=None if scale is None else self.update.loss_scale.skipped,
+            faults=self.clock.fault_values(),
         )
 
     def _mean_gradients(self, loader: Prefetcher) -> tuple[list[Tensor], float, float]:
         """(Gradients of the mean over all chips of each chip's mean loss, that loss, all chips' correct answers)."""
-        stop = float(self.stop_requested.is_set())
-        with self.precision.autocast(self.device):  # around all passes, so that the weights are cast once
+        wishes, step = [float(wish) for wish in self._wishes()], self.progress.step + 1
+        stale = frozen_statistics(self.model, self.damage.stale_groups(step))
+        with self.precision.autocast(self.device), stale:  # around all passes, so that the weights are cast once
             for chip_pass in self.passes:
-                images, labels = next(loader)
-                loss, correct = self._forward_backward(chip_pass, images.to(self.device), labels.to(self.device))
-                contribution = [p.grad for p in self.parameters]
-                contribution.append(torch.stack([loss, correct, torch.full_like(loss, stop)]))
-                for p in self.parameters:
-                    p.grad = None
+                if self.abandoned.is_set():
+                    raise PeerLost(f"rank {self.group.rank} of {self.group.world_size}, computing: told of a lost peer")
+                images, labels = (part.to(self.device) for part in next(loader))
+                loss, correct = self._forward_backward(chip_pass, images, labels, self.damage.lost_of(step, chip_pass))
+                contribution = self._take_gradients()
+                for flip in self.damage.flips(step, chip_pass):
+                    flip.apply(contribution, self._gradients_of(flip.chip, chip_pass, images, labels))
+                contribution.append(torch.cat([torch.stack([loss, correct]), loss.new_tensor(wishes)]))
                 self.gradients.add(chip_pass.first // self.chips_per_block, contribution)
+        if self.backup:
+            self.backup.exchange(step, self.gathered_statistics())
         *gradients, outcome = self.gradients.total()
-        loss, correct, stop = outcome.tolist()
-        self._agreed_to_stop = stop > 0
-        torch._foreach_div_(gradients, self.order.num_chips * self.update.loss_scale.value)
-        return gradients, loss / self.order.num_chips, correct
+        loss, correct, *granted = outcome.tolist()
+        self._granted = {wish for wish in Wish if granted[wish]}
+        living = self._living(step)
+        torch._foreach_div_(gradients, living * self.update.loss_scale.value)
+        return gradients, loss / living, correct
 
-    def _forward_backward(self, chip_pass: ChipPass, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(Sum of the chips' mean losses, correct answers); leaves loss_scale times its gradients in the parameters."""
+    def _living(self, step: int) -> int:
+        """Chips that have a part in a step."""
+        return self.order.num_chips - len(self.damage.lost(step))
+
+    def _take_gradients(self) -> list[Tensor]:
+        gradients = [p.grad for p in self.parameters]
+        for p in self.parameters:
+            p.grad = None
+        return gradients
+
+    def _gradients_of(self, chip: int, chip_pass: ChipPass, images: Tensor, labels: Tensor) -> list[Tensor]:
+        """One chip's own gradients, computed once more beside its pass; its running statistics have seen the images."""
+        span, size = chip_pass.span, len(labels) // chip_pass.count
+        first = chip - chip % span
+        rows = slice((first - chip_pass.first) * size, (first - chip_pass.first + span) * size)
+        others = [one for one in range(span) if first + one != chip]
+        with frozen_statistics(self.model, [(first - self.first_chip) // span]):
+            self._forward_backward(ChipPass(first, span, span), images[rows], labels[rows], others)
+        return self._take_gradients()
+
+    def _wishes(self) -> list[bool]:
+        """This worker's, in their order."""
+        every, (_, saved_at) = self.limits.checkpoint_s, self._saved_at
+        if every and self.group.rank == 0 and time.monotonic() - saved_at >= every:
+            self.wishes[Wish.SAVE].set()
+        wanted = [self.wishes[wish].is_set() for wish in Wish]
+        for wish in (Wish.PAUSE, Wish.SAVE):
+            self.wishes[wish].clear()
+        return wanted
+
+    def _forward_backward(
+        self, chip_pass: ChipPass, images: Tensor, labels: Tensor, lost: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """(Sum of the chips' mean losses, correct answers); leaves loss_scale times its gradients in the parameters.
+
+        `lost`: the chips of the pass, counted from its first, that have no part in it.
+        """
         self.model.chip_pass.first = chip_pass.first - self.first_chip
         self.model.chip_pass.count, self.model.chip_pass.sizes = chip_pass.count, chip_pass.sizes
         logits = self.model(images).float()
+        if lost:
+            logits, labels, chip_pass = without(lost, logits, labels, chip_pass)
         loss = chip_losses(logits, labels, chip_pass, self.label_smoothing)
         (loss * self.update.loss_scale.value).backward()
         return loss.detach(), (logits.detach().argmax(1) == labels).sum().to(loss.dtype)
@@ -328,6 +375,8 @@ def chip_losses(logits: Tensor, labels: Tensor, chip_pass: ChipPass, label_smoot
 
     `logits` [images, classes] in float32 or float64 and `labels` [images] lie chip after chip.
     """
+    if not chip_pass.count:
+        return logits.sum()  # of none: 0, and so are its gradients
     if chip_pass.sizes is None:
         total = functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
         return total / (len(labels) // chip_pass.count)

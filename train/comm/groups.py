@@ -4,6 +4,8 @@
 `Group`, named by `_target_` in a YAML of the group `backend`, whose first arguments are those of `connect`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, Protocol
 
@@ -11,8 +13,15 @@ import torch
 from torch import Tensor, distributed
 
 
+class PeerLost(RuntimeError):
+    """An operation of a group failed because a rank of it is gone, or has given up; the group is of no use any more."""
+
+
 class Group(Protocol):
-    """The workers of a run. Tensors are contiguous; results, in place or returned, have the same bits on every rank."""
+    """The workers of a run. Tensors are contiguous; results, in place or returned, have the same bits on every rank.
+
+    When a rank has died or given up, the others' operations raise PeerLost; they then `abort`.
+    """
 
     rank: int
     world_size: int
@@ -129,36 +138,53 @@ class TorchGroup:
         self._global_ranks = distributed.get_process_group_ranks(process_group)
 
     def all_reduce(self, tensor: Tensor, async_op: bool = False) -> Any:
-        return distributed.all_reduce(tensor, group=self._group, async_op=async_op)
+        with self._blaming("all_reduce"):
+            return distributed.all_reduce(tensor, group=self._group, async_op=async_op)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         out = tensor.new_empty((self.world_size, *tensor.shape))
-        distributed.all_gather(list(out.unbind()), tensor, group=self._group)
+        with self._blaming("all_gather"):
+            distributed.all_gather(list(out.unbind()), tensor, group=self._group)
         return out
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
         out = torch.empty_like(tensor[0])
-        distributed.reduce_scatter(out, list(tensor.unbind()), group=self._group)
+        with self._blaming("reduce_scatter"):
+            distributed.reduce_scatter(out, list(tensor.unbind()), group=self._group)
         return out
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
-        distributed.broadcast(tensor, self._global_ranks[source], group=self._group)
+        with self._blaming("broadcast"):
+            distributed.broadcast(tensor, self._global_ranks[source], group=self._group)
 
     def barrier(self) -> None:
-        distributed.barrier(group=self._group)
+        with self._blaming("barrier"):
+            distributed.barrier(group=self._group)
 
     def send(self, tensor: Tensor, destination: int) -> None:
-        distributed.send(tensor, self._global_ranks[destination], group=self._group)
+        with self._blaming("send"):
+            distributed.send(tensor, self._global_ranks[destination], group=self._group)
 
     def recv(self, tensor: Tensor, source: int) -> None:
-        distributed.recv(tensor, self._global_ranks[source], group=self._group)
+        with self._blaming("recv"):
+            distributed.recv(tensor, self._global_ranks[source], group=self._group)
 
     def exchange(self, outgoing: list[Tensor], incoming: list[Tensor], peer: int) -> None:
         other = self._global_ranks[peer]
         calls = [distributed.P2POp(distributed.isend, tensor, other, self._group) for tensor in outgoing]
         calls += [distributed.P2POp(distributed.irecv, tensor, other, self._group) for tensor in incoming]
-        for work in distributed.batch_isend_irecv(calls):
-            work.wait()
+        with self._blaming(f"exchange with rank {peer}"):
+            for work in distributed.batch_isend_irecv(calls):
+                work.wait()
+
+    @contextmanager
+    def _blaming(self, operation: str) -> Iterator[None]:
+        """torch reports a lost connection, like all else that goes wrong below it, as a RuntimeError."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).partition("This is typically")[0].strip()
+            raise PeerLost(f"rank {self.rank} of {self.world_size}, {operation}: {reason}") from error
 
     def subgroup(self, ranks: list[int]) -> "TorchGroup | None":
         process_group = distributed.new_group([self._global_ranks[r] for r in ranks])

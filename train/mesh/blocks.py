@@ -4,6 +4,7 @@ A block is one host, or the whole hosts of one batch-norm span where that is lar
 """
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from train.mesh.mesh import Mesh
 
@@ -31,6 +32,21 @@ class Blocks:
     def reason(self) -> str:
         """Why a block is as large as it is."""
         return "one host" if self.hosts == 1 else f"one span of batch norm, {self.hosts} hosts"
+
+    def shares_by_weight(self, weights: list[float]) -> list[range]:
+        """The blocks of workers that are this able: in proportion, as near as whole blocks come, one at least each.
+
+        The largest remainders get what is left over (Hamilton's method); of equal ones the first.
+        """
+        sizes = [max(int(self.count * weight / sum(weights)), 1) for weight in weights]
+        while (left := self.count - sum(sizes)) != 0:
+            owed = [self.count * weight / sum(weights) - size for weight, size in zip(weights, sizes, strict=True)]
+            if left > 0:
+                sizes[max(range(len(sizes)), key=lambda i: (owed[i], -i))] += 1
+            else:
+                sizes[min((i for i, size in enumerate(sizes) if size > 1), key=lambda i: (owed[i], -i))] -= 1
+        ends = list(accumulate(sizes, initial=0))
+        return [range(first, last) for first, last in pairwise(ends)]
 
     def shares(self, workers: int) -> list[range]:
         """The blocks of each worker; ValueError where they don't go round."""

@@ -28,6 +28,10 @@ class AveragedWeights:
         self.evaluation_moments = [moment.clone() for moment in evaluation_moments(model)]
         """What evaluation of the averaged weights uses; set from outside, as the model's own."""
 
+    def follow_chips(self) -> None:
+        """Begin anew with the model's chips, whose number may have changed."""
+        self.chip_moments = [moment.clone() for moment in chip_moments(self._model)]
+
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights and the chips' statistics as they stand after a step."""

@@ -84,6 +84,11 @@ class WeightUpdate:
         if self.averages:
             self.averages.update()
 
+    def follow_chips(self) -> None:
+        """After the model's room for chips' statistics has changed; they are set from outside afterwards."""
+        if self.averages:
+            self.averages.follow_chips()
+
     def state_dict(self) -> dict:
         """What a checkpoint holds beside the model (its own weights, not the averages) and the optimizer."""
         averages = self.averages.state_dict() if self.averages else None

@@ -1,27 +1,40 @@
 """The emulated wall clock of a training run: it advances by what the modelled machine needs."""
 
 from train.sim.step import StepTime
+from train.sim.toll import Toll
 
 
 class EmulatedClock:
     """Starts at the start-up time, on MLPerf's clock (first touch of the data)."""
 
-    def __init__(self, step: StepTime, eval_s: float, startup_s: float):
-        self.step = step
+    def __init__(self, step: StepTime, eval_s: float, startup_s: float, toll: Toll | None = None):
+        """`step`: each of them, where no fault makes some take longer, as `toll` says."""
+        self.usual_step = step
         self.eval_s = eval_s
         self.startup_s = startup_s
+        self.toll = toll
         self._steps = 0
         self._evals = 0
 
     @property
+    def step(self) -> StepTime:
+        """The last step."""
+        return self.toll.step(self._steps) if self.toll and self._steps else self.usual_step
+
+    @property
     def seconds(self) -> float:
-        return self.startup_s + self._steps * self.step.step_s + self._evals * self.eval_s
+        train_s = self.toll.train_s(self._steps) if self.toll else self._steps * self.usual_step.step_s
+        return self.startup_s + train_s + self._evals * self.eval_s
 
     def advance_step(self) -> None:
         self._steps += 1
 
     def advance_eval(self) -> None:
         self._evals += 1
+
+    def fault_values(self) -> dict[str, float]:
+        """Tag -> number of a run's rows, where it has faults."""
+        return self.toll.values(self._steps) if self.toll else {}
 
     def state_dict(self) -> dict[str, int]:
         return {"steps": self._steps, "evals": self._evals}

@@ -26,10 +26,13 @@ class StepTime:
     straggler_s: float
     input_s: float
     other_s: float
+    recovery_s: float = 0.0
+    """From a fault that struck in this step: see train/sim/toll."""
 
     @property
     def step_s(self) -> float:
-        return self.compute_s + self.exposed_comm_s + self.straggler_s + self.input_s + self.other_s
+        parts = self.compute_s + self.exposed_comm_s + self.straggler_s + self.input_s + self.other_s
+        return parts + self.recovery_s
 
 
 @dataclass(frozen=True)
