@@ -5,7 +5,8 @@ import pytest
 from photo_files import BROKEN, READABLE, jpeg, picture
 from PIL import Image
 
-from train.data.pixels import UnreadableImage, decode
+from train.data.folder import UnreadableImage
+from train.data.pixels import decode
 from train.data.turbojpeg import TurboJpeg, find_library
 
 pytestmark = pytest.mark.skipif(find_library() is None, reason="no TurboJPEG library of version 3 here")

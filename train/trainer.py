@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -259,7 +259,7 @@ class Trainer:
         self.clock.advance_step()
         now = time.perf_counter()
         progress.measured_s = now - self._started_at
-        images = order.chip_batch_size * self._living(progress.step)
+        images = order.images((progress.step - 1) % order.steps_per_epoch, len(self.damage.lost(progress.step)))
         return StepRecord(
             step=progress.step,
             epoch=progress.step / order.steps_per_epoch,
@@ -284,7 +284,7 @@ class Trainer:
         wishes, step = [float(wish) for wish in self._wishes()], self.progress.step + 1
         stale = frozen_statistics(self.model, self.damage.stale_groups(step))
         with self.precision.autocast(self.device), stale:  # around all passes, so that the weights are cast once
-            for chip_pass in self.passes:
+            for chip_pass in map(self._sized, self.passes):
                 if self.abandoned.is_set():
                     raise PeerLost(f"rank {self.group.rank} of {self.group.world_size}, computing: told of a lost peer")
                 images, labels = (part.to(self.device) for part in next(loader))
@@ -302,6 +302,12 @@ class Trainer:
         living = self._living(step)
         torch._foreach_div_(gradients, living * self.update.loss_scale.value)
         return gradients, loss / living, correct
+
+    def _sized(self, chip_pass: ChipPass) -> ChipPass:
+        """With the number of images of each chip where the step at hand is an epoch's last and smaller one."""
+        in_epoch = self.progress.step % self.order.steps_per_epoch
+        sizes = self.order.sizes(in_epoch, chip_pass.first, chip_pass.first + chip_pass.count)
+        return replace(chip_pass, sizes=sizes) if sizes else chip_pass
 
     def _living(self, step: int) -> int:
         """Chips that have a part in a step."""

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data.pixels import unreadable
-
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".tif", ".tiff", ".webp")
 EVAL_NAMES = ("val", "test")
 LAYOUT = "expected train/<class>/*.jpg and val/<class>/*.jpg"
@@ -36,6 +34,17 @@ class ImageFolder:
                 return file.read()
         except OSError as error:
             raise unreadable(path, error) from error
+
+
+class UnreadableImage(ValueError):
+    """A file that no decoder makes sense of."""
+
+
+def unreadable(where: str, error: Exception) -> UnreadableImage:
+    reason = " ".join(str(error).split())
+    return UnreadableImage(
+        f"unreadable image {where} ({type(error).__name__}: {reason}): repair or remove it, or set data.on_error=skip"
+    )
 
 
 def data_root(root: str | None) -> Path:

@@ -13,9 +13,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from train.data.folder import UnreadableImage
 from train.data.pixels import (
     CROP_TRIES,
-    UnreadableImage,
     center_crop,
     decode,
     mirrored,

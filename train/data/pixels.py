@@ -13,6 +13,8 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 import torch
 
+from train.data.folder import unreadable
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -21,10 +23,6 @@ CROP_AREA = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
-
-
-class UnreadableImage(ValueError):
-    """A file that no decoder makes sense of."""
 
 
 def decode(file: str | os.PathLike | IO[bytes] | bytes, where: str | Callable[[], str]) -> "Image":
@@ -40,13 +38,6 @@ def decode(file: str | os.PathLike | IO[bytes] | bytes, where: str | Callable[[]
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others on broken files
         raise unreadable(where if isinstance(where, str) else where(), error) from error
-
-
-def unreadable(where: str, error: Exception) -> UnreadableImage:
-    reason = " ".join(str(error).split())
-    return UnreadableImage(
-        f"unreadable image {where} ({type(error).__name__}: {reason}): repair or remove it, or set data.on_error=skip"
-    )
 
 
 def scaled(image: "Image", box: Box | None, width: int, height: int) -> "Image":

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from train.data.archives import Photo, Photos
+from train.data.folder import UnreadableImage, unreadable
 from train.data.photos import rescaled
-from train.data.pixels import UnreadableImage, decode, unreadable
+from train.data.pixels import decode
 from train.data.shards import ENTRY, FORMAT, INDEX, shard_name
 from train.data.turbojpeg import SHRINKS, TurboJpeg
 

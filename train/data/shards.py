@@ -20,9 +20,8 @@ from typing import Literal
 
 import numpy as np
 
-from train.data.folder import data_root
+from train.data.folder import data_root, unreadable
 from train.data.imagenet import PhotoSource
-from train.data.pixels import unreadable
 
 FORMAT = 1
 INDEX = "index.json"
