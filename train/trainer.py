@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -126,7 +126,7 @@ class Trainer:
         progress = self.progress
         self._started_at = time.perf_counter() - progress.measured_s
         self._granted = set()
-        with Prefetcher(self.source.train, self._batches(), seed=self.order.seed, depth=2) as loader:
+        with Prefetcher(self.source.train, self._batches(), seed=self.order.seed, device=self.device) as loader:
             while True:
                 due = self._due(self.limits.eval_every, self.limits.eval_offset)
                 if due and progress.evaluated_at != progress.step:
@@ -176,11 +176,11 @@ class Trainer:
 
     def _evaluate(self) -> list[float]:
         """[loss, correct answers], summed over all held-out images by all workers."""
-        dataset, batches = self.source.eval, eval_batches(len(self.source.eval), EVAL_BATCH_SIZE)
+        batches = eval_batches(len(self.source.eval), EVAL_BATCH_SIZE)
         sums = torch.zeros(len(batches), 2, dtype=torch.float64)
         mine = range(self.group.rank, len(batches), self.group.world_size)
         self.model.eval()
-        with torch.inference_mode(), self.precision.autocast(self.device), _loader(dataset, batches, mine) as loader:
+        with torch.inference_mode(), self.precision.autocast(self.device), self._eval_loader(batches, mine) as loader:
             for number, (images, labels) in zip(mine, loader, strict=True):
                 logits = self.model(images.to(self.device)).float()
                 labels = labels.to(self.device)
@@ -190,6 +190,9 @@ class Trainer:
         sums = sums.to(self.device)
         self.group.all_reduce(sums)  # every row has one owner: adding zeros is exact in any order
         return sums.sum(0).tolist()
+
+    def _eval_loader(self, batches: list[np.ndarray], mine: range) -> Prefetcher:
+        return Prefetcher(self.source.eval, ((0, batches[number]) for number in mine), seed=0, device=self.device)
 
     def average_statistics(self) -> None:
         """Set the statistics that evaluation uses: the mean over all chips of their running ones, or chip 0's own."""
@@ -389,7 +392,3 @@ def chip_losses(logits: Tensor, labels: Tensor, chip_pass: ChipPass, label_smoot
     losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
     sizes = torch.tensor(chip_pass.sizes, device=losses.device)
     return (losses / sizes.repeat_interleave(sizes)).sum()
-
-
-def _loader(dataset: Any, batches: list[np.ndarray], mine: range) -> Prefetcher:
-    return Prefetcher(dataset, ((0, batches[number]) for number in mine), seed=0, depth=2)
