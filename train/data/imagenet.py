@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from train.data.cache import PhotoCache, check_room
 from train.data.folder import SAME_PHOTOS, data_root, fingerprint, list_parts
 from train.data.photos import Cutter, Photos, Store
 from train.data.pool import MOST, Processes, Threads
@@ -21,6 +22,8 @@ class PhotoSource(Source):
     are [[first epoch, pixels], ...]; null: image_size throughout. `repeat` makes the training set so many times as
     long; each repetition is augmented on its own. `workers` are loader processes of each worker; 0: as many threads of
     the worker itself as it has cores; auto: as many processes as the worker has cores (at most 16), with few cores 0.
+    `eval_size`: pixels of evaluation; null: image_size. `cache_gbytes`: memory of each node for decoded photos,
+    which all its workers share; photos beyond it are decoded every time.
     `decode`: turbo decodes the crop alone by libjpeg-turbo (TurboJPEG 3) and Pillow only what that can't read; pillow
     decodes and scales everything, as the reference does; auto: turbo where the library is installed.
     An unreadable image raises ValueError with its path; with on_error="skip" the next readable image takes its place
@@ -33,6 +36,7 @@ class PhotoSource(Source):
         evaluation: Store,
         *,
         image_size: int,
+        eval_size: int | None,
         augment: bool,
         crop_ratio: float,
         train_sizes: list[list[int]] | None,
@@ -40,8 +44,10 @@ class PhotoSource(Source):
         workers: int | Literal["auto"],
         decode: Literal["auto", "turbo", "pillow"],
         on_error: Literal["stop", "skip"],
+        cache_gbytes: float,
     ) -> None:
-        at_least(1, image_size=image_size, repeat=repeat)
+        eval_size = eval_size or image_size
+        at_least(1, image_size=image_size, eval_size=eval_size, repeat=repeat)
         if not 0 < crop_ratio <= 1:
             raise ValueError(f"data.crop_ratio={crop_ratio}: must be above 0 and at most 1")
         sizes = checked_sizes(train_sizes) if train_sizes else ((0, image_size),)
@@ -56,11 +62,13 @@ class PhotoSource(Source):
             workers = cores if cores >= FEW_CORES else 0
         at_least(0, workers=workers)
         self.image_size = image_size
-        skip, resize = on_error == "skip", round(image_size / crop_ratio)
+        skip, resize = on_error == "skip", round(eval_size / crop_ratio)
         cutters = (
             Cutter(train, sizes, resize, augment, skip, library),
-            Cutter(evaluation, ((0, image_size),), resize, False, skip, library),
+            Cutter(evaluation, ((0, eval_size),), resize, False, skip, library),
         )
+        if cache_gbytes:
+            self._add_caches(cutters, cache_gbytes)
         if evaluation is train:
             self.notes += (SAME_PHOTOS,)
         if train_sizes:
@@ -68,6 +76,18 @@ class PhotoSource(Source):
             self.notes += (f"training images of {shown}; the emulated clock prices {image_size} px throughout",)
         pool = Processes(workers, cutters) if workers else Threads(min(torch.get_num_threads(), MOST))
         self.train, self.eval = Photos(cutters[0], repeat, pool), Photos(cutters[1], 1, pool)
+
+    def _add_caches(self, cutters: tuple[Cutter, Cutter], gbytes: float) -> None:
+        """Shared by training and evaluation in proportion to their photos; by both together where they are the same."""
+        check_room(gbytes)
+        counts = [len(cutter.store.labels) for cutter in cutters]
+        if cutters[0].store is cutters[1].store:
+            cutters[0].cache = cutters[1].cache = PhotoCache.of_node(self.fingerprint, counts[0], int(gbytes * 1e9))
+        else:
+            for cutter, count, part in zip(cutters, counts, ("train", "val"), strict=True):
+                nbytes = int(gbytes * 1e9 * count / sum(counts))
+                cutter.cache = PhotoCache.of_node(f"{self.fingerprint} {part}", count, nbytes)
+        self.notes += (f"decoded photos are kept in memory, up to {gbytes:g} GB for all workers of a node",)
 
     @property
     def num_skipped(self) -> int:
@@ -88,6 +108,7 @@ class ImageNetFolder(PhotoSource):
         self,
         root: str | None,
         image_size: int = 224,
+        eval_size: int | None = None,
         augment: bool = True,
         crop_ratio: float = 0.875,
         train_sizes: list[list[int]] | None = None,
@@ -95,6 +116,7 @@ class ImageNetFolder(PhotoSource):
         workers: int | Literal["auto"] = "auto",
         decode: Literal["auto", "turbo", "pillow"] = "auto",
         on_error: Literal["stop", "skip"] = "stop",
+        cache_gbytes: float = 0.0,
     ) -> None:
         self._root = data_root(root)
         self._parts = list_parts(self._root)
@@ -102,6 +124,7 @@ class ImageNetFolder(PhotoSource):
         super().__init__(
             *self._parts,
             image_size=image_size,
+            eval_size=eval_size,
             augment=augment,
             crop_ratio=crop_ratio,
             train_sizes=train_sizes,
@@ -109,6 +132,7 @@ class ImageNetFolder(PhotoSource):
             workers=workers,
             decode=decode,
             on_error=on_error,
+            cache_gbytes=cache_gbytes,
         )
 
     @cached_property

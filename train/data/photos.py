@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
+from train.data.cache import PhotoCache
 from train.data.folder import UnreadableImage
 from train.data.pixels import (
     CROP_TRIES,
@@ -24,6 +25,9 @@ from train.data.pixels import (
 )
 from train.data.streams import uniform
 from train.data.turbojpeg import SHRINKS, TurboJpeg
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -50,7 +54,8 @@ class Cutter:
 
     `sizes` are (first epoch, pixels) of training; `resize` is the shorter side before the centre crop of evaluation.
     `library` is TurboJPEG's; None: Pillow decodes and scales, as the reference does. With `skip` the next readable
-    file takes an unreadable one's place, keeping the random draws of the sample.
+    file takes an unreadable one's place, keeping the random draws of the sample. With a `cache` photos are always
+    decoded whole and unshrunk, whether the cache holds them or has no room.
     """
 
     store: Store
@@ -59,6 +64,7 @@ class Cutter:
     augment: bool
     skip: bool
     library: str | None
+    cache: PhotoCache | None = None
     unreadable: set[int] = field(default_factory=set)
 
     @cached_property
@@ -102,21 +108,42 @@ class Cutter:
         raise ValueError(f"data.root: none of the {count} images can be read; the first is {self.store.place(0)}")
 
     def _cut(self, file: int, draws: list[float] | None, out: np.ndarray) -> None:
-        data, size = self.store.read(file), len(out)
-        where = partial(self.store.place, file)
+        size = len(out)
         if draws is None:
-            out[:] = np.asarray(center_crop(decode(data, where), self.resize, size))
+            out[:] = np.asarray(center_crop(self._photo(file), self.resize, size))
         elif self.turbo is None:
-            photo = decode(data, where)
+            photo = self._photo(file)
             photo = scaled(photo, _box(photo.size, draws), size, size)
             out[:] = np.asarray(mirrored(photo) if draws[FLIP] < 0.5 else photo)
         else:
-            crop = self._turbo_crop(data, draws, size)
-            if crop is None:
-                photo = decode(data, where)
-                crop = np.array(photo.crop(_box(photo.size, draws)))
-            square = rescaled(crop, size, size)
+            square = rescaled(self._crop(file, draws, size), size, size)
             torch.from_numpy(out).permute(2, 0, 1).copy_(square.flip(2) if draws[FLIP] < 0.5 else square)
+
+    def _photo(self, file: int) -> "Image":
+        """The whole photo."""
+        from PIL import Image
+
+        pixels = self.cache.get(file) if self.cache else None
+        if pixels is not None:
+            return Image.fromarray(pixels)
+        photo = decode(self.store.read(file), partial(self.store.place, file))
+        if self.cache:
+            self.cache.put(file, np.asarray(photo))
+        return photo
+
+    def _crop(self, file: int, draws: list[float], size: int) -> np.ndarray:
+        """The random crop, uint8 [h, w, 3]: a part of the whole photo if that is kept, else the crop alone."""
+        if self.cache:
+            pixels = self.cache.get(file)
+            pixels = np.asarray(self._photo(file)) if pixels is None else pixels
+        else:
+            data = self.store.read(file)
+            crop = self._turbo_crop(data, draws, size)
+            if crop is not None:
+                return crop
+            pixels = np.asarray(decode(data, partial(self.store.place, file)))
+        left, top, right, bottom = _box(pixels.shape[1::-1], draws)
+        return pixels[top:bottom, left:right].copy()
 
     def _turbo_crop(self, data: bytes, draws: list[float], size: int) -> np.ndarray | None:
         whole = self.turbo.size(data)

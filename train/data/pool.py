@@ -5,7 +5,6 @@ Either way a batch is split into consecutive parts; what a sample becomes depend
 
 import atexit
 import math
-import mmap
 import multiprocessing
 import os
 import signal
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from train.data.photos import Cutter, Part
+from train.data.shared import Place, Shared
 
 MOST = 16  # processes or threads that `auto` takes
 KEPT = 8  # batches whose memory a loader process keeps open
@@ -89,7 +89,7 @@ class Processes:
             self._answers[got, number] = answer
         return self._answers.pop((ticket, number))
 
-    def _memory(self, nbytes: int) -> "Shared":
+    def _memory(self, nbytes: int) -> Shared:
         """Free memory of that size or more; sizes grow with the epochs, so that what is too small is given back."""
         while self._free:
             memory = self._free.pop()
@@ -136,34 +136,6 @@ def talk(say: Callable, *words: object) -> Any:
         ) from error
 
 
-class Shared:
-    """Memory without a name, gone with the last process that has it open: nothing is left behind by a kill."""
-
-    def __init__(self, descriptor: int, nbytes: int) -> None:
-        self.nbytes, self._descriptor = nbytes, descriptor
-        self._map = mmap.mmap(descriptor, nbytes)
-        self.place = (os.getpid(), descriptor, nbytes, os.fstat(descriptor).st_ino)  # descriptors are used again
-
-    @classmethod
-    def new(cls, nbytes: int) -> "Shared":
-        descriptor = os.memfd_create("photos")
-        os.truncate(descriptor, nbytes)
-        return cls(descriptor, nbytes)
-
-    @classmethod
-    def of(cls, place: tuple[int, ...]) -> "Shared":
-        """The memory that another process of this user has made."""
-        owner, descriptor, nbytes, _ = place
-        return cls(os.open(f"/proc/{owner}/fd/{descriptor}", os.O_RDWR), nbytes)
-
-    def array(self, shape: tuple[int, ...]) -> np.ndarray:
-        return np.frombuffer(self._map, np.uint8, math.prod(shape)).reshape(shape)
-
-    def close(self) -> None:
-        self._map.close()
-        os.close(self._descriptor)
-
-
 def launch(descriptors: list[int]) -> None:
     """Fork a loader process for each pipe, and wait for them. Each keeps its own pipe alone: its end must be seen."""
     torch.set_num_threads(1)
@@ -183,7 +155,7 @@ def launch(descriptors: list[int]) -> None:
 def serve(pipe: Connection) -> None:
     """What a loader process does until the other end of its pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner, whose end ends this one
-    memory: dict[tuple[int, ...], Shared] = {}
+    memory: dict[Place, Shared] = {}
     with suppress(EOFError, ConnectionError):
         cutters = pipe.recv()
         while True:

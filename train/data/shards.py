@@ -96,6 +96,7 @@ class ImageNetShards(PhotoSource):
         self,
         root: str | None,
         image_size: int = 224,
+        eval_size: int | None = None,
         augment: bool = True,
         crop_ratio: float = 0.875,
         train_sizes: list[list[int]] | None = None,
@@ -103,6 +104,7 @@ class ImageNetShards(PhotoSource):
         workers: int | Literal["auto"] = "auto",
         decode: Literal["auto", "turbo", "pillow"] = "auto",
         on_error: Literal["stop", "skip"] = "stop",
+        cache_gbytes: float = 0.0,
     ) -> None:
         folder = data_root(root)
         self._index = folder / INDEX
@@ -119,6 +121,7 @@ class ImageNetShards(PhotoSource):
             stores["train"],
             stores.get("val", stores["train"]),
             image_size=image_size,
+            eval_size=eval_size,
             augment=augment,
             crop_ratio=crop_ratio,
             train_sizes=train_sizes,
@@ -126,6 +129,7 @@ class ImageNetShards(PhotoSource):
             workers=workers,
             decode=decode,
             on_error=on_error,
+            cache_gbytes=cache_gbytes,
         )
 
     @cached_property
