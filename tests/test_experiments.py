@@ -26,6 +26,7 @@ OVERRIDES = {
         "data.repeat=2",
         "data.train_sizes=[[0,24],[1,32]]",
         "schedule.warmup_epochs=0.5",
+        "schedule.base_lr=0.01",
     ],
     "synthetic": ["chip_batch_size=2", "data.image_size=64", "data.num_train=64", "data.num_eval=16"],
 }

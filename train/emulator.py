@@ -318,6 +318,8 @@ def build(
             strict=True,
         )
     ]
+    if data.get("train_sizes"):
+        notes.append(f"data.train_sizes: every step and evaluation is priced at data.image_size={data['image_size']}")
     workload = workloads.of_model(model, data["image_size"], model.get("num_classes") or sizes[2])
     batch = emulator_recipe.global_batch_size(config, mesh.num_chips, notes)
     return Emulator(

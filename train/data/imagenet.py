@@ -73,7 +73,7 @@ class PhotoSource(Source):
             self.notes += (SAME_PHOTOS,)
         if train_sizes:
             shown = ", ".join(f"{size} px from epoch {first}" for first, size in sizes)
-            self.notes += (f"training images of {shown}; the emulated clock prices {image_size} px throughout",)
+            self.notes += (f"training images of {shown}",)
         pool = Processes(workers, cutters) if workers else Threads(min(torch.get_num_threads(), MOST))
         self.train, self.eval = Photos(cutters[0], repeat, pool), Photos(cutters[1], 1, pool)
 
