@@ -95,7 +95,7 @@ def _train(
         write_reference_runs(folder.parent, [claim, *(find(records, name) for name in config["claim"]["neighbours"])])
         print(_opening(folder, checkpoint, contract, facts, group), flush=True)
         with Display() as display:
-            result = controller.run(folder, display.update)
+            result = controller.run(folder, display.update, said["step"])
     except (WorkerFailed, ValueError) as failure:
         error = str(failure)
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 import platform
 import resource
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,16 @@ from train.precision import describe_device
 
 if TYPE_CHECKING:
     from train.build import Worker
+
+
+class RunInfo:
+    """What callbacks learn of a run before its first step."""
+
+    def __init__(self, worker: "Worker", run_dir: Path, resumed_step: int) -> None:
+        self.run_dir, self.config, self.resumed_step = run_dir, worker.config, resumed_step
+        self.steps_per_epoch, self.total_steps = worker.order.steps_per_epoch, worker.trainer.total_steps
+        self.num_train, self.num_eval = len(worker.source.train), len(worker.source.eval)
+        self.chips, self.global_batch_size = worker.order.num_chips, worker.order.global_batch_size
 
 
 def contract(worker: "Worker") -> dict:

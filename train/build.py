@@ -15,8 +15,16 @@ from typing import Any
 import torch
 
 from train import checkpoint, emulator, emulator_faults
-from train.account import identity, result
-from train.callbacks import Callback, FenceCallback, MetricsCallback, MLPerfCallback, ProgressCallback, TraceCallback
+from train.account import RunInfo, identity, result
+from train.callbacks import (
+    Callback,
+    FenceCallback,
+    FirstStep,
+    MetricsCallback,
+    MLPerfCallback,
+    ProgressCallback,
+    TraceCallback,
+)
 from train.checkpoint_files import Fenced, newest_sound, take_over
 from train.comm.aggregation import Aggregator, SumAggregator, TreeAggregator
 from train.comm.backup import Backup, Bank, assemble, keepers
@@ -53,16 +61,6 @@ class WorkerContext:
     """Where each rank runs; empty: all in one place."""
     marks: dict[str, float] = field(default_factory=dict)
     """Unix times at which phases of the start ended, in order; the first is the command's own start."""
-
-
-class RunInfo:
-    """What callbacks learn of a run before its first step."""
-
-    def __init__(self, worker: "Worker", run_dir: Path, resumed_step: int) -> None:
-        self.run_dir, self.config, self.resumed_step = run_dir, worker.config, resumed_step
-        self.steps_per_epoch, self.total_steps = worker.order.steps_per_epoch, worker.trainer.total_steps
-        self.num_train, self.num_eval = len(worker.source.train), len(worker.source.eval)
-        self.chips, self.global_batch_size = worker.order.num_chips, worker.order.global_batch_size
 
 
 class Worker:
@@ -367,16 +365,6 @@ class Worker:
                 raise ValueError(f"{path}: the checkpoint has {key}={saved}, this run {value}; start a new run")
         self._load(state)
         self.trainer.set_statistics(moments_of(state["chip_moments"], self.passes, self.config["bn_span"]))
-
-
-class FirstStep(Callback):
-    """Notes when the first step ended."""
-
-    def __init__(self, marks: dict[str, float]) -> None:
-        self.marks = marks
-
-    def on_step(self, record: Any) -> None:
-        self.marks.setdefault("first step", time())
 
 
 def run_worker(config: dict, context: WorkerContext, run_dir: Path, resume_from: Path | None = None) -> dict:

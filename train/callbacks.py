@@ -26,6 +26,16 @@ class Callback:
     def on_end(self, result: dict) -> None: ...
 
 
+class FirstStep(Callback):
+    """Notes when the first step ended."""
+
+    def __init__(self, marks: dict[str, float]) -> None:
+        self.marks = marks
+
+    def on_step(self, record) -> None:
+        self.marks.setdefault("first step", time.time())
+
+
 class FenceCallback(Callback):
     """Ends this worker with Fenced once another writer has taken the run over."""
 

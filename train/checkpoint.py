@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from train.checkpoint_files import Fenced, check_fence, checkpoint_path, checksum_path, defect, of_attempt
+from train.progress import doing
 
 
 def save(folder: Path, step: int, state: dict) -> Path:
@@ -92,6 +93,7 @@ class Writer:
             self._thread = None
 
     def _save(self, step: int, state: dict) -> None:
+        doing("checkpoint")
         try:
             save(self.folder, step, state)
             keep_last(self.folder, self._kept)

@@ -33,7 +33,7 @@ from train.models.chip_norm import ChipPass, chip_moments, evaluation_moments
 from train.models.damage import Damage, frozen_statistics, without
 from train.optim.update import DivergedError, WeightUpdate
 from train.precision import Precision
-from train.progress import EvalRecord, Limits, Progress, StepRecord, Wish, as_record
+from train.progress import EvalRecord, Limits, Progress, StepRecord, Wish, as_record, doing
 from train.sim.clock import EmulatedClock
 from train.sim.timeline import Timeline
 
@@ -135,6 +135,7 @@ class Trainer:
                         callback.on_eval(record)
                 ends = self.finished or Wish.STOP in self._granted
                 if (ends or self._save_due()) and progress.step != self._saved_at[0]:
+                    doing("checkpoint")
                     save(progress)
                     self._saved_at = progress.step, time.monotonic()
                 if ends or Wish.PAUSE in self._granted:
@@ -150,6 +151,7 @@ class Trainer:
     def evaluate(self) -> EvalRecord:
         """Top-1 accuracy and loss over the held-out images, each counted once, of the averaged weights if there are."""
         started = time.perf_counter()
+        doing("evaluation")
         self.average_statistics()
         with self.update.averages.in_use() if self.update.averages else nullcontext():
             loss, correct = self._evaluate()
@@ -284,6 +286,7 @@ class Trainer:
 
     def _mean_gradients(self, loader: Prefetcher) -> tuple[list[Tensor], float, float]:
         """(Gradients of the mean over all chips of each chip's mean loss, that loss, all chips' correct answers)."""
+        doing("backward")
         wishes, step = [float(wish) for wish in self._wishes()], self.progress.step + 1
         stale = frozen_statistics(self.model, self.damage.stale_groups(step))
         with self.precision.autocast(self.device), stale:  # around all passes, so that the weights are cast once
@@ -297,9 +300,11 @@ class Trainer:
                     flip.apply(contribution, self._gradients_of(flip.chip, chip_pass, images, labels))
                 contribution.append(torch.cat([torch.stack([loss, correct]), loss.new_tensor(wishes)]))
                 self.gradients.add(chip_pass.first // self.chips_per_block, contribution)
+        doing("all-reduce")
         if self.backup:
             self.backup.exchange(step, self.gathered_statistics())
         *gradients, outcome = self.gradients.total()
+        doing("update")
         loss, correct, *granted = outcome.tolist()
         self._granted = {wish for wish in Wish if granted[wish]}
         living = self._living(step)
