@@ -93,7 +93,7 @@ def identity(worker: "Worker") -> dict:
         | {
             "numerics": config["numerics"],
             "gradient_sum": config["gradient_sum"],
-            **{key: config[key] for key in ("loss_scale", "clip_norm", "ema_decay")},
+            **{key: config[key] for key in ("loss_scale", "clip_norm", "ema_decay", "last_batch")},
             "chips": worker.order.num_chips,
             "chip_batch_size": worker.chip_batch_size,
             "seed": config["seed"],

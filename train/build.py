@@ -85,7 +85,8 @@ class Worker:
         mesh = self.emulator.mesh
         self.blocks = blocks(config, mesh)
         self.chip_batch_size = chip_batch_size(config, mesh.num_chips)
-        self.order = Order(len(self.source.train), self.chip_batch_size, mesh.num_chips, config["seed"])
+        share = self.chip_batch_size
+        self.order = Order(len(self.source.train), share, mesh.num_chips, config["seed"], config["last_batch"])
         check_batch_norm(config, self.emulator.workload, self.chip_batch_size)
         shares = None if context.rank is None else self.blocks.shares(context.world_size)
         self.bank = Bank()
