@@ -153,9 +153,7 @@ class TorchGroup:
             while self.backend == "gloo" and not work.is_completed():
                 try:
                     return work.wait(seconds(SLICE_S))
-                except RuntimeError:
-                    if work.is_completed():
-                        raise
+                except RuntimeError:  # not yet, or it failed; where it has ended meanwhile, waiting again tells
                     self._peers.check(operation)
             work.wait()
 
