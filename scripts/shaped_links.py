@@ -264,7 +264,8 @@ One way, and how far the line alpha + bytes / rate is above it.
 - {machine["card_mbit"]} Mbit/s between hosts and {machine["port_mbit"]} inside, never above
   {shaped_network.MOST_MBIT}: all hosts share the cores of one machine, and these must not be what takes the time (last
   column of the all-reduces).
-- Frames of up to {shaped_network.MTU:,} bytes, which RoCE's largest packets (4,096 bytes) need; 1,500 would keep a core busy.
+- Frames of up to {shaped_network.MTU:,} bytes, which RoCE's largest packets (4,096 bytes) need; 1,500 would keep a core
+  busy.
 - A bucket holds one frame ({shaped_network.BURST_BYTES:,} bytes), as a wire can't send ahead of its time.
 - Queues of {size(shaped_network.QUEUE_BYTES)}, more than all windows together: nothing is dropped, as on RoCE.
 - {tcp}:
@@ -276,7 +277,7 @@ One way, and how far the line alpha + bytes / rate is above it.
   exchange of two hosts took twice as long.
 
 What the models leave out: acknowledgements take their share of a link that sends both ways, what has come is added
-up, and a round begins when processes are woken up, all of them by {machine["cores"]} cores. It shows in the small sizes.
+up, and a round begins when processes are woken up, all by {machine["cores"]} cores. It shows in the small sizes.
 """
 
 
