@@ -121,14 +121,17 @@ def _train(
             "time_to_first_step_s": marks["first step"] - started_at if "first step" in marks else None,
         }
     )
-    run_folder.write_json(folder / "result.json", run_folder.complete(folder, summary))
+    try:
+        run_folder.write_json(folder / "result.json", run_folder.complete(folder, summary))
+        print(report([folder]).text)
+    except OSError as failure:
+        error = error or f"its result can't be written: {failure}"
     held.close()
-    print(report([folder]).text)
     if error:
         print(f"launch.run: the run failed: {error}", file=sys.stderr)
     if result["status"] == "interrupted":
         raise KeyboardInterrupt  # ends a sweep as well
-    return 0 if result["status"] == "done" else 1
+    return 0 if result["status"] == "done" and not error else 1
 
 
 def phases(marks: dict[str, float]) -> dict[str, float]:

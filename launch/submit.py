@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 
-from launch import compose, jobs_kuberay, jobs_local, jobs_ray, jobs_slurm, run_folder
+from launch import compose, jobs_kuberay, jobs_local, jobs_ray, jobs_slurm, rank_table, run_folder
 from launch.job_folder import Job, State, check_id, find, new_id
 from launch.run import emulated_machine
 from train.config import ConfigError
@@ -48,10 +48,12 @@ def submit(config: dict, words: list[str]) -> int:
         words = words_for_run(words, settled)
         run = compose.compose(words)
         assert (run["run_root"], run["run"]) == (str(run_root), name), "an override was not quoted well"
-        emulated_machine(run)  # what launch.run would refuse at once is still seen here
+        machine = emulated_machine(run)  # what launch.run would refuse at once is still seen here
         folder, _ = run_folder.locate(run)
         facts = {"kind": launch["kind"], "run_folder": str(folder)} | kind.prepare(run | {"launch": launch})
         if job.create(run, [kind.PYTHON, "-m", "launch.run", *words], facts):
+            if rank_table.fits(machine.mesh):  # for the real machine of this mesh
+                rank_table.write(job.folder, machine.plan)
             return _start(job, config)
     print(f"{PROG}: job {name} exists; nothing was submitted", file=sys.stderr)
     return status(job, config)

@@ -15,8 +15,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -126,7 +126,7 @@ class Trainer:
         progress = self.progress
         self._started_at = time.perf_counter() - progress.measured_s
         self._granted = set()
-        with Prefetcher(self.source.train, self._batches(), seed=self.order.seed, depth=2) as loader:
+        with Prefetcher(self.source.train, self._batches(), seed=self.order.seed, device=self.device) as loader:
             while True:
                 due = self._due(self.limits.eval_every, self.limits.eval_offset)
                 if due and progress.evaluated_at != progress.step:
@@ -178,11 +178,11 @@ class Trainer:
 
     def _evaluate(self) -> list[float]:
         """[loss, correct answers], summed over all held-out images by all workers."""
-        dataset, batches = self.source.eval, eval_batches(len(self.source.eval), EVAL_BATCH_SIZE)
+        batches = eval_batches(len(self.source.eval), EVAL_BATCH_SIZE)
         sums = torch.zeros(len(batches), 2, dtype=torch.float64)
         mine = range(self.group.rank, len(batches), self.group.world_size)
         self.model.eval()
-        with torch.inference_mode(), self.precision.autocast(self.device), _loader(dataset, batches, mine) as loader:
+        with torch.inference_mode(), self.precision.autocast(self.device), self._eval_loader(batches, mine) as loader:
             for number, (images, labels) in zip(mine, loader, strict=True):
                 logits = self.model(images.to(self.device)).float()
                 labels = labels.to(self.device)
@@ -192,6 +192,9 @@ class Trainer:
         sums = sums.to(self.device)
         self.group.all_reduce(sums)  # every row has one owner: adding zeros is exact in any order
         return sums.sum(0).tolist()
+
+    def _eval_loader(self, batches: list[np.ndarray], mine: range) -> Prefetcher:
+        return Prefetcher(self.source.eval, ((0, batches[number]) for number in mine), seed=0, device=self.device)
 
     def average_statistics(self) -> None:
         """Set the statistics that evaluation uses: the mean over all chips of their running ones, or chip 0's own."""
@@ -261,7 +264,7 @@ class Trainer:
         self.clock.advance_step()
         now = time.perf_counter()
         progress.measured_s = now - self._started_at
-        images = order.chip_batch_size * self._living(progress.step)
+        images = order.images((progress.step - 1) % order.steps_per_epoch, len(self.damage.lost(progress.step)))
         return StepRecord(
             step=progress.step,
             epoch=progress.step / order.steps_per_epoch,
@@ -287,7 +290,7 @@ class Trainer:
         wishes, step = [float(wish) for wish in self._wishes()], self.progress.step + 1
         stale = frozen_statistics(self.model, self.damage.stale_groups(step))
         with self.precision.autocast(self.device), stale:  # around all passes, so that the weights are cast once
-            for chip_pass in self.passes:
+            for chip_pass in map(self._sized, self.passes):
                 if self.abandoned.is_set():
                     raise PeerLost(f"rank {self.group.rank} of {self.group.world_size}, computing: told of a lost peer")
                 images, labels = (part.to(self.device) for part in next(loader))
@@ -305,8 +308,14 @@ class Trainer:
         loss, correct, *granted = outcome.tolist()
         self._granted = {wish for wish in Wish if granted[wish]}
         living = self._living(step)
-        torch._foreach_div_(gradients, living * self.update.loss_scale.value)
+        gradients = torch._foreach_div(gradients, living * self.update.loss_scale.value)  # the sum is read only
         return gradients, loss / living, correct
+
+    def _sized(self, chip_pass: ChipPass) -> ChipPass:
+        """With the number of images of each chip where the step at hand is an epoch's last and smaller one."""
+        in_epoch = self.progress.step % self.order.steps_per_epoch
+        sizes = self.order.sizes(in_epoch, chip_pass.first, chip_pass.first + chip_pass.count)
+        return replace(chip_pass, sizes=sizes) if sizes else chip_pass
 
     def _living(self, step: int) -> int:
         """Chips that have a part in a step."""
@@ -388,7 +397,3 @@ def chip_losses(logits: Tensor, labels: Tensor, chip_pass: ChipPass, label_smoot
     losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
     sizes = torch.tensor(chip_pass.sizes, device=losses.device)
     return (losses / sizes.repeat_interleave(sizes)).sum()
-
-
-def _loader(dataset: Any, batches: list[np.ndarray], mine: range) -> Prefetcher:
-    return Prefetcher(dataset, ((0, batches[number]) for number in mine), seed=0, depth=2)
