@@ -74,11 +74,20 @@ def keep(start: list[str]) -> int:
     """Runs Ray until it ends or SIGTERM comes. Ray gives its own start 30 s, too little on a busy machine: what ends
     within START_S is tried again."""
     asked: list[int] = []
+    running: list[subprocess.Popen] = []
+
+    def end(number: int, _: object) -> None:
+        asked.append(number)
+        for ray in running:
+            ray.terminate()
+
+    signal.signal(signal.SIGTERM, end)
     for _ in range(ATTEMPTS):
         begun = time.monotonic()
-        ray = subprocess.Popen(start, stdin=subprocess.DEVNULL)
-        signal.signal(signal.SIGTERM, lambda number, _, ray=ray: (asked.append(number), ray.terminate()))
-        status = ray.wait()
+        running[:] = [subprocess.Popen(start, stdin=subprocess.DEVNULL)]
+        if asked:  # while it was being started
+            running[0].terminate()
+        status = running[0].wait()
         if asked or status == 0 or time.monotonic() - begun > START_S:
             break
     return status
