@@ -40,7 +40,7 @@ TABLE = [
         "ttw",
         {"broken": "rank 2", "silent_s": (0.0, LATE, 0.0)},
         Decision("kill", (1,), f"no answer for {SILENT_S:.0f} s after its peers had lost it"),
-    ),  # noqa: E501
+    ),
     ("ttt", {"silent_s": (0.0, LATE, 0.0)}, Decision("wait")),
     ("ttw", {"broken": "rank 2", "silent_s": (LATE / 4, LATE / 4, 0.0)}, Decision("wait")),
     # the new one is ready: pause at a step boundary, once, then all train
@@ -61,16 +61,17 @@ TABLE = [
         {"broken": "x", "idle_s": 61.0},
         Decision(
             "fail",
-            reason="1 of at least 2 worker(s) (min_workers) left, and the replacement of worker 1 has not started within 60 s (replacement_wait_s)",
+            reason="1 of at least 2 worker(s) (min_workers) left, and the replacement of worker 1 has not started "
+            "within 60 s (replacement_wait_s)",
         ),
-    ),  # noqa: E501
+    ),
     (
         "wAA",
         {"broken": "x"},
         Decision(
             "fail", reason="1 of at least 2 worker(s) (min_workers) left, and all 2 restarts (max_restarts) are used up"
         ),
-    ),  # noqa: E501
+    ),
     ("sss", {"idle_s": 1.0}, Decision("wait")),
     ("rrs", {"idle_s": 1.0}, Decision("train", (0, 1))),
     # connections that break by themselves: again together, but not for ever
@@ -79,7 +80,7 @@ TABLE = [
         "www",
         {"broken": "x", "unexplained": True, "restarts": 2},
         Decision("fail", reason="connections break and no worker is lost: x"),
-    ),  # noqa: E501
+    ),
 ]
 
 
