@@ -43,6 +43,8 @@ KEYS_OF_CHAOS = ("workers", "run", "run_root", "resume", "cluster.address")
 STOPPED_S, HANG_TIMEOUT_S = 5.0, 3.0
 SETTLED_STEPS = 3
 """Steps that all workers have made together before the next kill."""
+LAST_STEPS = 20
+"""Of a run, which are left in peace: what a kill costs is to be seen before the run ends."""
 MOMENT_PATIENCE_S, PATIENCE_S = 120.0, 240.0
 POLL_S = 0.02
 
@@ -166,8 +168,8 @@ def launch(words: list[str], log: Path) -> subprocess.Popen:
 class Chaos:
     """Gives the strikes of a plan to one run after the other."""
 
-    def __init__(self, nodes: Nodes, seed: int, say) -> None:
-        self._nodes, self._say, self._draw = nodes, say, random.Random(seed)
+    def __init__(self, nodes: Nodes, steps: int, seed: int, say) -> None:
+        self._nodes, self._steps, self._say, self._draw = nodes, steps, say, random.Random(seed)
         self._started_at, self._settled = 0.0, 0
 
     def disturb(self, run: Run, strikes: list[Strike]) -> list[Strike]:
@@ -176,6 +178,8 @@ class Chaos:
         self._started_at, self._settled = time.time(), 1
         while len(given) < len(strikes):
             if not run.until("training by all workers", lambda: self._whole(run) and run.step >= self._settled):
+                break
+            if run.step > self._steps - LAST_STEPS:
                 break
             strike = strikes[len(given)]
             if not self._strike(run, strike):
@@ -219,10 +223,11 @@ class Chaos:
             os.kill(pids[victim], signal.SIGCONT)
             run.until("a step after the stop", lambda: run.step > strike.step)
         else:
-            if not run.until("its detection", lambda: run.events("worker_lost", struck_at)):
-                return True
+            seen = run.until("its detection", lambda: run.events("worker_lost", struck_at))
             if victim == "raylet":
                 self._nodes.start_again(number)
+            if not seen:
+                raise Broken(f"{run.folder.name}: ended before the loss of a {victim} was seen")
             lost = run.events("worker_lost", struck_at)[0]
             run.until("training after the loss", lambda: run.events("training", lost["time"]))
             again = run.events("training", lost["time"])
@@ -309,7 +314,10 @@ def line(strike: Strike) -> str:
 
 def _main(wanted: argparse.Namespace) -> int:
     words = words_of(wanted.overrides)
-    chips = emulator.build(compose(words)).mesh.num_chips
+    config = compose(words)
+    chips, steps = emulator.build(config).mesh.num_chips, config["max_steps"]
+    if steps is None or steps < 2 * LAST_STEPS:
+        raise ConfigError("max_steps", f"{steps}: chaos needs at least {2 * LAST_STEPS}")
     strikes, given, equal = plan(wanted.kills, wanted.seed), [], []
     root = Path(tempfile.mkdtemp(prefix="chaos"))
     nodes = None
@@ -325,7 +333,7 @@ def _main(wanted: argparse.Namespace) -> int:
             done = len(given) + sum(1 for one in strikes[len(given) :] if one.step)
             print(f"{done}/{len(strikes)} {line(strike)}", file=sys.stderr, flush=True)
 
-        chaos = Chaos(nodes, wanted.seed, say)
+        chaos = Chaos(nodes, steps, wanted.seed, say)
         while len(given) < len(strikes):
             run = Run(words, root, f"disturbed-{len(equal)}", nodes)
             try:
