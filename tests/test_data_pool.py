@@ -23,7 +23,7 @@ def tree(tmp_path_factory) -> Path:
     return make_image_tree(tmp_path_factory.mktemp("photos"), classes=3, per_class=2, size=40)
 
 
-def source_of(root: Path, workers: int, **options) -> ImageNetFolder:
+def source_of(root: Path, workers: int | str, **options) -> ImageNetFolder:
     return ImageNetFolder(str(root), image_size=24, workers=workers, repeat=3, **options)
 
 
@@ -50,6 +50,13 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.parametrize(("cores", "made"), [(1, "Threads"), (3, "Threads"), (4, "Processes"), (64, "Processes")])
+def test_auto_takes_processes_where_there_are_cores_for_them(tree, monkeypatch, cores, made):
+    monkeypatch.setattr("torch.get_num_threads", lambda: cores)
+    pool = source_of(tree, workers="auto").train.pool
+    assert type(pool).__name__ == made and pool._count == min(cores, 16)
 
 
 def test_parts_cover_everything_once():
