@@ -9,7 +9,9 @@ from rank_processes import run_ranks
 from torch import Tensor, distributed
 
 from train.comm.aggregation import SumAggregator, TreeAggregator, flatten, meeting_order, unflatten
-from train.comm.groups import SingleGroup, TorchGroup, connect
+from train.comm.groups import SingleGroup, connect
+from train.comm.shm_group import ShmGroup
+from train.comm.torch_group import TorchGroup
 
 NUM_BLOCKS = 11
 SPLITS = {2: [(0, 6, 11), (0, 1, 11), (0, 8, 11)], 3: [(0, 4, 8, 11), (0, 1, 2, 11), (0, 5, 10, 11)]}
@@ -153,6 +155,23 @@ def test_tree_sums_have_the_same_bits_on_every_rank_for_every_split(ranks):
             assert aggregated["like"]
             for ours, theirs in zip(aggregated["tree"], expected, strict=True):
                 np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32))
+
+
+def aggregate_in_shared_memory(rank: int, world_size: int, store) -> list[dict]:
+    group = ShmGroup(rank, world_size, store, "cpu")
+    return [aggregate(group, cuts) for cuts in SPLITS[world_size]]
+
+
+@pytest.mark.parametrize("world_size", SPLITS)
+def test_sums_in_shared_memory_have_the_same_bits(world_size):
+    results = run_ranks(world_size, aggregate_in_shared_memory)
+    test_tree_sums_have_the_same_bits_on_every_rank_for_every_split([{"aggregators": each} for each in results])
+    test_fast_sums_are_sums([{"aggregators": each} for each in results])
+
+
+def test_tensors_of_two_dtypes_are_not_summed_together():
+    with pytest.raises(ValueError, match="torch.float16, torch.float32 can't be summed together"):
+        flatten([torch.zeros(2), torch.zeros(2, dtype=torch.float16)], 4)
 
 
 def test_fast_sums_are_sums(ranks):

@@ -36,7 +36,11 @@ TABLE = [
     ("wAw", {"broken": "rank 2"}, Decision("train", (0, 2))),
     ("wAd", {"broken": "rank 0"}, Decision("train", (0, 2))),
     # one that does not even answer after its peers have lost it is dead
-    ("ttw", {"broken": "rank 2", "silent_s": (0.0, LATE, 0.0)}, Decision("kill", (1,), f"no answer for {SILENT_S:.0f} s after its peers had lost it")),  # noqa: E501
+    (
+        "ttw",
+        {"broken": "rank 2", "silent_s": (0.0, LATE, 0.0)},
+        Decision("kill", (1,), f"no answer for {SILENT_S:.0f} s after its peers had lost it"),
+    ),
     ("ttt", {"silent_s": (0.0, LATE, 0.0)}, Decision("wait")),
     ("ttw", {"broken": "rank 2", "silent_s": (LATE / 4, LATE / 4, 0.0)}, Decision("wait")),
     # the new one is ready: pause at a step boundary, once, then all train
@@ -52,13 +56,31 @@ TABLE = [
     # too few: wait for the new ones, but not for ever
     ("wsA", {"broken": "x", "idle_s": 59.0}, Decision("wait")),
     ("wrA", {"broken": "x", "idle_s": 59.0}, Decision("train", (0, 1))),
-    ("wsA", {"broken": "x", "idle_s": 61.0}, Decision("fail", reason="1 of at least 2 worker(s) (min_workers) left, and the replacement of worker 1 has not started within 60 s (replacement_wait_s)")),  # noqa: E501
-    ("wAA", {"broken": "x"}, Decision("fail", reason="1 of at least 2 worker(s) (min_workers) left, and all 2 restarts (max_restarts) are used up")),  # noqa: E501
+    (
+        "wsA",
+        {"broken": "x", "idle_s": 61.0},
+        Decision(
+            "fail",
+            reason="1 of at least 2 worker(s) (min_workers) left, and the replacement of worker 1 has not started "
+            "within 60 s (replacement_wait_s)",
+        ),
+    ),
+    (
+        "wAA",
+        {"broken": "x"},
+        Decision(
+            "fail", reason="1 of at least 2 worker(s) (min_workers) left, and all 2 restarts (max_restarts) are used up"
+        ),
+    ),
     ("sss", {"idle_s": 1.0}, Decision("wait")),
     ("rrs", {"idle_s": 1.0}, Decision("train", (0, 1))),
     # connections that break by themselves: again together, but not for ever
     ("www", {"broken": "x", "unexplained": True, "restarts": 1}, Decision("train", (0, 1, 2))),
-    ("www", {"broken": "x", "unexplained": True, "restarts": 2}, Decision("fail", reason="connections break and no worker is lost: x")),  # noqa: E501
+    (
+        "www",
+        {"broken": "x", "unexplained": True, "restarts": 2},
+        Decision("fail", reason="connections break and no worker is lost: x"),
+    ),
 ]
 
 

@@ -76,6 +76,9 @@ def test_every_element_of_every_parameter_can_be_struck():
     assert not list(Damage(timeline, Tiny(), PASSES).flips(1, PASSES[1]))
     (fixed,) = damage(FlippedBit(chip=12, bit=30)).flips(1, PASSES[1])
     assert fixed.bit == 30
+    (event,) = Timeline([FlippedBit(chip=12, bit=30)], PACE, 1).events
+    name, index = ("weight", "bias")[fixed.parameter], ", ".join(map(str, fixed.index))
+    assert damage().words(event) == f"bit 30 of its gradient of {name}[{index}] is inverted before the sum"
 
 
 def test_a_worker_knows_its_own_part_of_what_is_lost_and_stale():

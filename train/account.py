@@ -122,7 +122,7 @@ def result(worker: "Worker", status: str) -> dict:
         "measured_s": progress.measured_s,
         "emulated_s": worker.trainer.clock.seconds,
         "emulated_interval_s": list(worker.emulator.interval_s(worker.trainer.clock.seconds)),
-        **({"faults": toll.report(progress.step)} if toll else {}),
+        **({"faults": toll.report(progress.step, worker.trainer.damage.words)} if toll else {}),
         "images": images,
         "peak_memory_bytes": peak_memory_bytes(worker.device),
         "images_per_s": images / progress.measured_s if progress.measured_s else None,

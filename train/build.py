@@ -22,6 +22,7 @@ from train.callbacks import (
     FirstStep,
     MetricsCallback,
     MLPerfCallback,
+    OutlastsFullDisk,
     ProgressCallback,
     TraceCallback,
 )
@@ -301,11 +302,10 @@ class Worker:
         step = self.trainer.progress.step
         if self.group.rank == 0 and self.writer and self._written == step:
             return
-        for sink in self._sinks:
-            sink.close("failed")
-        if self.writer:
+        for left in (*self._sinks, self.writer):
             with suppress(OSError, RuntimeError):
-                self.writer.close()
+                if left:
+                    left.close()
         self._callbacks, self._sinks, self.writer = [self._first_step], [], None
         if self.group.rank > 0:
             return
@@ -314,8 +314,9 @@ class Worker:
         claim = find(load(), self.config["claim"]["record"])
         self._sinks = open_sinks(run_dir, self.config, resumed_step=step, claim=claim)
         written = {(row["kind"], row["step"]) for row in read_rows(run_dir)}
-        self._callbacks += [FenceCallback(attempt), MetricsCallback(self._sinks), self.progress_callback]
-        self._callbacks += [MLPerfCallback(), TraceCallback()]
+        self._callbacks += [FenceCallback(attempt), self.progress_callback]
+        for writes in (MetricsCallback(self._sinks), MLPerfCallback(), TraceCallback()):
+            self._callbacks.append(OutlastsFullDisk(writes, self.notes.append))
         run = RunInfo(self, run_dir, step)
         for callback in self._callbacks:
             callback.on_start(run)

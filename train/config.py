@@ -134,7 +134,7 @@ class Config:
     )
     scaling: Literal["strong", "weak"] = key("other mesh sizes keep the global batch (strong) or the chip batch (weak)")
     action: Literal["submit", "status", "logs", "stop", "fetch"] = key("what launch.submit does")
-    job: str | None = key("launch.submit: id of the job for every action but submit")
+    job: str | None = key("launch.submit: id of the job; launch.run: the submitted job that it is")
 
     @classmethod
     def from_dict(cls, config: dict) -> Self:

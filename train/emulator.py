@@ -378,7 +378,7 @@ def check_training(config: dict) -> None:
 
 
 def make(node: dict, *args: Any, **kwargs: Any) -> Any:
-    """The object of a node with a `_target_`; a constructor's own ValueError comes through as it is."""
+    """The object of a node with a `_target_`; a constructor's own ValueError or RuntimeError comes through as it is."""
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
@@ -386,6 +386,6 @@ def make(node: dict, *args: Any, **kwargs: Any) -> Any:
         return instantiate(node, *args, _convert_="all", **kwargs)
     except InstantiationException as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, ValueError):
+        while cause is not None and not isinstance(cause, ValueError | RuntimeError):
             cause = cause.__cause__
         raise cause or error from None

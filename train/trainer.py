@@ -308,7 +308,7 @@ class Trainer:
         loss, correct, *granted = outcome.tolist()
         self._granted = {wish for wish in Wish if granted[wish]}
         living = self._living(step)
-        torch._foreach_div_(gradients, living * self.update.loss_scale.value)
+        gradients = torch._foreach_div(gradients, living * self.update.loss_scale.value)  # the sum is read only
         return gradients, loss / living, correct
 
     def _sized(self, chip_pass: ChipPass) -> ChipPass:

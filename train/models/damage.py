@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from train.models.chip_norm import ChipPass, chip_moments
-from train.sim.timeline import SOUND, Timeline
+from train.sim.timeline import SOUND, Event, Timeline
 
 BITS = 32
 
@@ -50,7 +50,7 @@ class Damage:
         """`passes`: of the worker's chips."""
         self._timeline, self._span = timeline, passes[0].span
         self._worker = range(passes[0].first, _chips(passes[-1]).stop)
-        self._shapes = [tuple(p.shape) for p in model.parameters()]
+        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
 
     def lost(self, step: int) -> frozenset[int]:
         """The chips that are gone in a step (from 1; 0: before the first)."""
@@ -73,16 +73,25 @@ class Damage:
         """The bits that are inverted in the gradients of a pass."""
         for event in self._timeline.strikes(step) if self._timeline else ():
             if event.fault.flips and event.chips.start in _chips(chip_pass):
-                yield self._flip(event.chips.start, *event.draws, event.fault.bit)
+                yield self._flip(event)
 
-    def _flip(self, chip: int, where: float, which: float, bit: int | None) -> Flip:
+    def words(self, event: Event) -> str:
+        """What an event does, for a report."""
+        if not event.fault.flips:
+            return event.fault.words()
+        flip = self._flip(event)
+        name, index = list(self._shapes)[flip.parameter], ", ".join(map(str, flip.index))
+        return f"bit {flip.bit} of its gradient of {name}[{index}] is inverted before the sum"
+
+    def _flip(self, event: Event) -> Flip:
         """Every element is as likely as any other."""
-        sizes = [int(np.prod(shape)) for shape in self._shapes]
+        (where, which), bit, shapes = event.draws, event.fault.bit, list(self._shapes.values())
+        sizes = [int(np.prod(shape)) for shape in shapes]
         element, parameter = int(where * sum(sizes)), 0
         while element >= sizes[parameter]:
             element, parameter = element - sizes[parameter], parameter + 1
-        index = tuple(map(int, np.unravel_index(element, self._shapes[parameter])))
-        return Flip(chip, parameter, index, int(which * BITS) if bit is None else bit)
+        index = tuple(map(int, np.unravel_index(element, shapes[parameter])))
+        return Flip(event.chips.start, parameter, index, int(which * BITS) if bit is None else bit)
 
 
 def without(
