@@ -56,7 +56,8 @@ def test_the_last_batch(num_samples, last_batch):
         assert seen.tolist() == drawn.tolist()
         sizes = order.sizes(order.steps_per_epoch - 1, 0, 4)
         assert sum(sizes) == left == order.images(order.steps_per_epoch - 1) and max(sizes) - min(sizes) <= 1
-    assert order.sizes(0, 0, 4) is None and order.images(0) == 12 and order.images(0, lost_chips=1) == 9
+        assert order.images(order.steps_per_epoch - 1, lost={0, 3}) == left - sizes[0] - sizes[3]
+    assert order.sizes(0, 0, 4) is None and order.images(0) == 12 and order.images(0, lost={3}) == 9
     last = order.steps_per_epoch - 1  # cut among workers, chip by chip
     parts = [order.indices(7, last, first, first + 1).ravel() for first in range(4)]
     assert np.concatenate(parts).tolist() == steps[-1].tolist()

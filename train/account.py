@@ -108,8 +108,8 @@ def identity(worker: "Worker") -> dict:
 def result(worker: "Worker", status: str) -> dict:
     """What result.json needs of a run that ended, or broke off, so."""
     progress, toll = worker.trainer.progress, worker.trainer.clock.toll
-    images = worker.chip_batch_size * toll.chip_steps(progress.step) if toll else None
-    images = progress.step * worker.order.global_batch_size if images is None else images
+    order, damage = worker.order, worker.trainer.damage
+    images = sum(order.images(step % order.steps_per_epoch, damage.lost(step + 1)) for step in range(progress.step))
     return {
         "status": status,
         "top1": progress.top1,
@@ -122,7 +122,7 @@ def result(worker: "Worker", status: str) -> dict:
         "measured_s": progress.measured_s,
         "emulated_s": worker.trainer.clock.seconds,
         "emulated_interval_s": list(worker.emulator.interval_s(worker.trainer.clock.seconds)),
-        **({"faults": toll.report(progress.step, worker.trainer.damage.words)} if toll else {}),
+        **({"faults": toll.report(progress.step, damage.words)} if toll else {}),
         "images": images,
         "peak_memory_bytes": peak_memory_bytes(worker.device),
         "images_per_s": images / progress.measured_s if progress.measured_s else None,

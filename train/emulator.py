@@ -358,8 +358,6 @@ def check_training(config: dict) -> None:
             f"epochs=auto only prices a run; to train, give a number (ResNet-50 on ImageNet needs about {mean:.1f} at "
             f"a global batch of {batch:,}: epochs={math.ceil(mean)})"
         )
-    if config["last_batch"] == "keep" and config["faults"]:
-        raise ValueError("last_batch=keep: faults need equal chips in every step; set last_batch=drop or pad")
     if config["gradient_sum"] != "plan":
         return
     if config["numerics"] == "exact":

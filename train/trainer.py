@@ -30,7 +30,7 @@ from train.data.loader import Prefetcher
 from train.data.order import Order, eval_batches
 from train.data.source import Source
 from train.models.chip_norm import ChipPass, chip_moments, evaluation_moments
-from train.models.damage import Damage, frozen_statistics, without
+from train.models.damage import Damage, frozen_statistics, group_of, without
 from train.optim.update import DivergedError, WeightUpdate
 from train.precision import Precision
 from train.progress import EvalRecord, Limits, Progress, StepRecord, Wish, as_record, doing
@@ -264,7 +264,7 @@ class Trainer:
         self.clock.advance_step()
         now = time.perf_counter()
         progress.measured_s = now - self._started_at
-        images = order.images((progress.step - 1) % order.steps_per_epoch, len(self.damage.lost(progress.step)))
+        images = order.images((progress.step - 1) % order.steps_per_epoch, self.damage.lost(progress.step))
         return StepRecord(
             step=progress.step,
             epoch=progress.step / order.steps_per_epoch,
@@ -329,12 +329,10 @@ class Trainer:
 
     def _gradients_of(self, chip: int, chip_pass: ChipPass, images: Tensor, labels: Tensor) -> list[Tensor]:
         """One chip's own gradients, computed once more beside its pass; its running statistics have seen the images."""
-        span, size = chip_pass.span, len(labels) // chip_pass.count
-        first = chip - chip % span
-        rows = slice((first - chip_pass.first) * size, (first - chip_pass.first + span) * size)
-        others = [one for one in range(span) if first + one != chip]
-        with frozen_statistics(self.model, [(first - self.first_chip) // span]):
-            self._forward_backward(ChipPass(first, span, span), images[rows], labels[rows], others)
+        span, alone, rows = chip_pass.span, *group_of(chip, chip_pass, len(labels))
+        others = [one for one in range(span) if alone.first + one != chip]
+        with frozen_statistics(self.model, [(alone.first - self.first_chip) // span]):
+            self._forward_backward(alone, images[rows], labels[rows], others)
         return self._take_gradients()
 
     def _wishes(self) -> list[bool]:

@@ -5,6 +5,7 @@ samples, or kept as it is, in parts for the chips that differ by one image at mo
 i / n to (i + 1) / n of it).
 """
 
+from collections.abc import Collection
 from itertools import pairwise
 from typing import Literal
 
@@ -66,10 +67,11 @@ class Order:
             step = np.concatenate([step, drawn[1][: self.global_batch_size - len(step)]])
         return step.reshape(self.num_chips, self.chip_batch_size)[first_chip:last_chip]
 
-    def images(self, step_in_epoch: int, lost_chips: int = 0) -> int:
-        """Images of all chips in a step, or of those that are left of them."""
-        kept = self.sizes(step_in_epoch, 0, self.num_chips)
-        return sum(kept) if kept else self.chip_batch_size * (self.num_chips - lost_chips)
+    def images(self, step_in_epoch: int, lost: Collection[int] = ()) -> int:
+        """Images of all chips in a step but of those that are `lost`."""
+        if kept := self.sizes(step_in_epoch, 0, self.num_chips):
+            return sum(kept) - sum(kept[chip] for chip in lost)
+        return self.chip_batch_size * (self.num_chips - len(lost))
 
     def sizes(self, step_in_epoch: int, first_chip: int, last_chip: int) -> tuple[int, ...] | None:
         """Images of each of these chips in a step that keeps a smaller batch; None: chip_batch_size for all."""

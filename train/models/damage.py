@@ -97,11 +97,29 @@ class Damage:
 def without(
     lost: Sequence[int], logits: Tensor, labels: Tensor, chip_pass: ChipPass
 ) -> tuple[Tensor, Tensor, ChipPass]:
-    """A pass of equal chips without its chips number `lost`: their images have no part in loss and gradients."""
+    """A pass without its chips number `lost`: their images have no part in loss and gradients."""
+    sizes = _sizes(chip_pass, len(labels))
     living = torch.ones(chip_pass.count, dtype=torch.bool)
     living[list(lost)] = False
-    rows = living.repeat_interleave(len(labels) // chip_pass.count).to(labels.device)
-    return logits[rows], labels[rows], replace(chip_pass, count=chip_pass.count - len(lost))
+    rows = living.repeat_interleave(torch.tensor(sizes)).to(labels.device)
+    left = tuple(size for size, lives in zip(sizes, living.tolist(), strict=True) if lives)
+    rest = replace(chip_pass, count=len(left), sizes=chip_pass.sizes and left)
+    return logits[rows], labels[rows], rest
+
+
+def group_of(chip: int, chip_pass: ChipPass, num_images: int) -> tuple[ChipPass, slice]:
+    """The chips of the pass that share their batch-norm statistics with `chip`, as a pass, and their images in it."""
+    first = chip - chip % chip_pass.span
+    position, sizes = first - chip_pass.first, _sizes(chip_pass, num_images)
+    own = sizes[position : position + chip_pass.span]
+    begin = sum(sizes[:position])
+    alone = ChipPass(first, chip_pass.span, chip_pass.span, chip_pass.sizes and own)
+    return alone, slice(begin, begin + sum(own))
+
+
+def _sizes(chip_pass: ChipPass, num_images: int) -> tuple[int, ...]:
+    """Images of each chip of a pass."""
+    return chip_pass.sizes or (num_images // chip_pass.count,) * chip_pass.count
 
 
 @contextmanager

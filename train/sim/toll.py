@@ -48,10 +48,6 @@ class Toll:
                 sums[name] += count * seconds
         return StepTime(**sums | {"recovery_s": self.recovery_s(steps)})
 
-    def chip_steps(self, steps: int) -> int:
-        """Of the first `steps` steps, counted once for each chip that has a part in them."""
-        return sum(count * (self.timeline.pace.chips - state.lost) for count, state in self._counted(steps))
-
     def values(self, steps: int) -> dict[str, float]:
         """Tag -> number after so many steps, for a run's rows; empty without faults."""
         if not self.timeline.faults:
