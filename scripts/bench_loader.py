@@ -179,6 +179,20 @@ def sequential_rate(folder: Path) -> dict[str, float]:
     return rates
 
 
+def memory_growth(side: Callable[[int], Iterator], epochs: int = 4) -> int:
+    """Bytes by which this process grows from the end of an epoch to that of the last of `epochs` further ones."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    after = []
+    for turn in range(1 + epochs):
+        for _ in side(turn):
+            pass
+        after.append(resident())
+    return after[-1] - after[0]
+
+
 FIRST_BATCH = """
 import sys, time
 import numpy as np
@@ -252,6 +266,7 @@ def measure(root: Path, rounds: int, count: int, say: Callable[[str], None]) -> 
             "x_reference": against,
             "pixel_difference": pixel_difference(root, count),
             "sequential_bytes_per_s": sequential_rate(plain),
+            "memory_growth_bytes": memory_growth(sides["ours, shards"]),
             "first_batch_s": first_batch_s(small, Path(scratch) / "large"),
             "prepare_x_decode_and_encode": statistics.median(a / p for a, p in zip(alone_s, prepare_s, strict=True)),
             "photos": count,
@@ -262,6 +277,7 @@ def measure(root: Path, rounds: int, count: int, say: Callable[[str], None]) -> 
     say(f"fast path against plain: {difference['mean']:.3f} levels of 255 in the mean, "
         f"{difference['percentile_99']:.0f} at the 99th percentile")  # fmt: skip
     say(f"shards, from disk in order: photos {rate['photos'] / 1e6:.0f} MB/s, files {rate['files'] / 1e6:.0f} MB/s")
+    say(f"memory after four further epochs of shards: {result['memory_growth_bytes'] / 1e6:+.1f} MB")
     say(f"first batch of 32 with an index of {IMAGENET:,}: {result['first_batch_s']:.2f} s")
     say(f"prepare --shrink {SHRINK} against decode plus encode alone: {result['prepare_x_decode_and_encode']:.2f} x")
     return result

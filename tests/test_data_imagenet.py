@@ -13,6 +13,7 @@ from torchvision.transforms import functional
 from train.data.imagenet import ImageNetFolder
 from train.data.photos import MEAN, STD
 from train.data.pixels import random_crop_box, scaled
+from train.data.turbojpeg import find_library
 
 INDICES = np.arange(6)
 
@@ -40,6 +41,7 @@ def test_batches_and_description(tree):
         assert labels.tolist() == [0, 0, 1, 1, 2, 2]
     described = source.describe()
     assert len(described.pop("fingerprint")) == 64
+    assert described.pop("decoder") == ("libjpeg-turbo, the crop alone" if find_library() else "Pillow")
     assert described == {
         "name": "imagenet", "num_classes": 3, "image_size": 24,
         "num_train": 6, "num_eval": 6, "num_skipped": 0, "notes": [],

@@ -23,7 +23,7 @@ def tree(tmp_path_factory) -> Path:
     return make_image_tree(tmp_path_factory.mktemp("photos"), classes=3, per_class=2, size=40)
 
 
-def source_of(root: Path, workers: int, **options) -> ImageNetFolder:
+def source_of(root: Path, workers: int | str, **options) -> ImageNetFolder:
     return ImageNetFolder(str(root), image_size=24, workers=workers, repeat=3, **options)
 
 
@@ -52,17 +52,23 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.parametrize(("cores", "made"), [(1, "Threads"), (3, "Threads"), (4, "Processes"), (64, "Processes")])
+def test_auto_takes_processes_where_there_are_cores_for_them(tree, monkeypatch, cores, made):
+    monkeypatch.setattr("torch.get_num_threads", lambda: cores)
+    pool = source_of(tree, workers="auto").train.pool
+    assert type(pool).__name__ == made and pool._count == min(cores, 16)
+
+
 def test_parts_cover_everything_once():
     for count, most in ((10, 3), (2, 5), (0, 4), (7, 7), (1, 1)):
         covered = [i for part in parts(count, most) for i in range(count)[part]]
         assert covered == list(range(count)) and len(parts(count, most)) <= most
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_any_number_of_processes_gives_the_same_bits_at_every_size(tree, workers):
+def test_loader_processes_give_the_same_bits_at_every_size(tree):
     sizes = [[0, 8], [2, 16], [5, 24]]
     threads = source_of(tree, workers=0, train_sizes=sizes)
-    with processes_of(tree, workers, train_sizes=sizes) as source:
+    with processes_of(tree, workers=3, train_sizes=sizes) as source:
         for epoch, size in ((0, 8), (1, 8), (2, 16), (4, 16), (5, 24), (90, 24), (0, 8)):
             images, labels = source.train.batch(INDICES, seed=4, epoch=epoch)
             expected = threads.train.batch(INDICES, seed=4, epoch=epoch)

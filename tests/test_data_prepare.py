@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_samples import make_image_tree
+from launch_samples import trained_here
 from photo_files import READABLE, jpeg, picture
 from PIL import Image
 
@@ -57,7 +58,7 @@ def make_archives(tree: Path, folder: Path, devkit: bool = True) -> Path:
     """ImageNet's own archives of a tree."""
     folder.mkdir()
     with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as outer:
-        for name in reversed(CLASSES):
+        for name in sorted((path.name for path in (tree / "train").iterdir()), reverse=True):
             inner = io.BytesIO()
             with tarfile.open(fileobj=inner, mode="w") as archive:
                 for path in sorted((tree / "train" / name).iterdir(), reverse=True):
@@ -72,7 +73,8 @@ def make_archives(tree: Path, folder: Path, devkit: bool = True) -> Path:
     if devkit:
         from scipy.io import savemat
 
-        ids = {"n00000002": 1, "n00000000": 2, "n00000001": 3}  # not in the order of their names
+        names = sorted(set(truth.values()))
+        ids = {name: 1 + number for number, name in enumerate(names[-1:] + names[:-1])}  # not in the order of names
         synsets = np.array([(i, name) for name, i in ids.items()], [("ILSVRC2012_ID", "O"), ("WNID", "O")])
         meta = io.BytesIO()
         savemat(meta, {"synsets": synsets})
@@ -276,6 +278,28 @@ def test_the_command_line(tree, tmp_path, monkeypatch, capsys):
         assert status(*words) == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and named in said
+
+
+@pytest.mark.sample
+def test_photos_from_archives_to_an_evaluation(tmp_path):
+    """Photos of the user's own in ImageNet's archives: packed by the command, trained on for a step, evaluated."""
+    if "RESNET_RECORD_SAMPLE" not in os.environ:
+        pytest.skip("RESNET_RECORD_SAMPLE names no folder of photos")
+    sample, tree, number = Path(os.environ["RESNET_RECORD_SAMPLE"]), tmp_path / "tree", 0
+    names = sorted(path.name for path in sample.iterdir() if path.is_dir())
+    for name in names:
+        for path in sorted((sample / name).iterdir()):
+            number += 1
+            for part, file in (("train", path.name), ("val", f"ILSVRC2012_val_{number:08d}.JPEG")):
+                (tree / part / name).mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, tree / part / name / file)
+    archives = make_archives(tree, tmp_path / "archives")
+    done = call(archives, tmp_path / "shards", "--shrink", 256, "--photos-per-shard", 100)
+    assert done.returncode == 0 and f"{number:,} train, {number:,} val photos of {len(names)} classes" in done.stdout
+    words = ["experiment=imagenet_atlas900", "recipe=none", "mesh=atlas800", "model=resnet18", "max_steps=1"]
+    data = ["data=imagenet_shards", f"data.root={tmp_path / 'shards'}", "data.image_size=64", "global_batch_size=64"]
+    result = trained_here([*words, *data, "workers=1", "epochs=9"], tmp_path / "run")
+    assert (result["status"], result["steps"]) == ("done", 1) and 0 <= result["top1"] <= 1
 
 
 @pytest.mark.slow

@@ -74,6 +74,7 @@ class PhotoSource(Source):
         if train_sizes:
             shown = ", ".join(f"{size} px from epoch {first}" for first, size in sizes)
             self.notes += (f"training images of {shown}",)
+        self.decoder = "libjpeg-turbo, the crop alone" if library else "Pillow"
         pool = Processes(workers, cutters) if workers else Threads(min(torch.get_num_threads(), MOST))
         self.train, self.eval = Photos(cutters[0], repeat, pool), Photos(cutters[1], 1, pool)
 
@@ -88,6 +89,9 @@ class PhotoSource(Source):
                 nbytes = int(gbytes * 1e9 * count / sum(counts))
                 cutter.cache = PhotoCache.of_node(f"{self.fingerprint} {part}", count, nbytes)
         self.notes += (f"decoded photos are kept in memory, up to {gbytes:g} GB for all workers of a node",)
+
+    def describe(self) -> dict:
+        return super().describe() | {"decoder": self.decoder}
 
     @property
     def num_skipped(self) -> int:

@@ -210,5 +210,8 @@ class Photos:
         offset = torch.tensor([m / s for m, s in zip(MEAN, STD, strict=True)], device=pixels.device).repeat(size)
         # whole rows of interleaved channels: the innermost loop is long
         images = torch.empty(n, size, size * 3, device=pixels.device)
-        images.copy_(pixels.view(n, size, -1)).mul_(scale).sub_(offset)
+        whole = [(images, pixels.view(n, size, -1))]
+        # on a CPU image by image, which stay in its cache from one operation to the next
+        for out, of in zip(images, pixels.view(n, size, -1), strict=True) if pixels.device.type == "cpu" else whole:
+            out.copy_(of).mul_(scale).sub_(offset)
         return images.view(n, size, size, 3).permute(0, 3, 1, 2)

@@ -139,6 +139,7 @@ def talk(say: Callable, *words: object) -> Any:
 def launch(descriptors: list[int]) -> None:
     """Fork a loader process for each pipe, and wait for them. Each keeps its own pipe alone: its end must be seen."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner, whose end ends these
     for own in descriptors:
         if os.fork() == 0:
             for other in descriptors:
@@ -154,7 +155,6 @@ def launch(descriptors: list[int]) -> None:
 
 def serve(pipe: Connection) -> None:
     """What a loader process does until the other end of its pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner, whose end ends this one
     memory: dict[Place, Shared] = {}
     with suppress(EOFError, ConnectionError):
         cutters = pipe.recv()

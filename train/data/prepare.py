@@ -1,7 +1,7 @@
 """Makes shards (train.data.shards) of photos: each shard is one piece of work, done or not done, whoever is killed.
 
 A shard is written aside, renamed, and only then its record; the index is made of all records at the end. The bytes
-depend on the photos and the options alone, not on the number of processes or on interruptions.
+depend on the photos, the options and the decoder alone, not on the number of processes or on interruptions.
 """
 
 import csv
@@ -10,7 +10,6 @@ import io
 import json
 import os
 import tarfile
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -80,7 +79,7 @@ class Maker:
                     skipped.append([job.part, photo.place, reason(error)])
                     continue
                 write(header(photo.name, len(data)))
-                entries.append((file.tell(), len(data), job.number, photo.label, zlib.crc32(data)))
+                entries.append((file.tell(), len(data), job.number, photo.label))
                 write(data + bytes(-len(data) % tarfile.BLOCKSIZE))
             write(bytes(PADDING))
             nbytes = file.tell()

@@ -25,7 +25,7 @@ from train.data.imagenet import PhotoSource
 
 FORMAT = 1
 INDEX = "index.json"
-ENTRY = np.dtype([("offset", "<u8"), ("size", "<u4"), ("shard", "<u4"), ("label", "<u4"), ("crc32", "<u4")])
+ENTRY = np.dtype([("offset", "<u8"), ("size", "<u4"), ("shard", "<u4"), ("label", "<u4")])
 BLOCK = tarfile.BLOCKSIZE
 
 
