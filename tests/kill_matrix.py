@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]  # as a command
+
 import torch
 from group_contract import equal, make, name_of, numbers, summed
 from rank_processes import run_ranks

@@ -78,7 +78,6 @@ class TreeAggregator:
         finished = combine(nodes, self._num_blocks, lambda left, right: left.add_(right))
         return unflatten(self._group.all_gather(finished.contiguous()).view(-1), like)
 
-
     def _in_shared_memory(self, partial: list[list[Tensor]]) -> list[Tensor]:
         """As `_across_workers`, but what a worker sends to others they read, and its own slices they leave alone."""
         rank, world_size = self._group.rank, self._group.world_size

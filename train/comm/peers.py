@@ -92,7 +92,7 @@ class Peers:
             self.check(operation, error)
             for peer in self._gone:
                 raise self._error(operation, peer, LEFT) from error
-            raise PeerLost(f"{operation} {self._here()} failed: {' '.join(str(error).split())}") from error
+            raise PeerLost(f"{self._here(operation)}: {' '.join(str(error).split())}") from error
 
     def check(self, operation: str, cause: Exception | None = None) -> None:
         """PeerLost where a rank is lost, or this one has left."""
@@ -100,7 +100,7 @@ class Peers:
             self._within.check_lost(operation, cause, GRACE_S if self._to_blame else 0.0)
         self.check_lost(operation, cause)
         if self._closed:
-            raise PeerLost(f"{operation} {self._here()}: this rank has {self._closed} the group") from cause
+            raise PeerLost(f"{self._here(operation)}: this rank has {self._closed} the group") from cause
 
     def check_lost(self, operation: str, cause: Exception | None = None, patience_s: float = 0.0) -> None:
         """PeerLost where a rank is lost; one that is about to be noticed is waited for."""
@@ -116,7 +116,7 @@ class Peers:
         if peer in self._gone:
             raise self._error(operation, peer, self._gone[peer])
         if time.monotonic() - since > self.timeout_s:
-            raise PeerLost(f"rank {peer} has not come to {operation} {self._here()} within {self.timeout_s:g} s", peer)
+            raise PeerLost(f"{self._here(operation)}: peer rank {peer} has not come within {self.timeout_s:g} s", peer)
 
     def wait_for_key(self, key: str, operation: str, peer: int) -> bytes:
         """What `peer` puts into the store under `key`."""
@@ -238,7 +238,7 @@ class Peers:
         if time.monotonic() > deadline:
             missing = missing or set(range(self.world_size)) - set(self._sockets) - {self.rank}
             raise PeerLost(
-                f"connect {self._here()}: peer rank {min(missing)} has not come within {self.timeout_s:g} s",
+                f"{self._here('connect')}: peer rank {min(missing)} has not come within {self.timeout_s:g} s",
                 min(missing),
             )
 
@@ -278,10 +278,10 @@ class Peers:
         return (peer, LEFT, True) if word[:1] == BYE else (peer, LOST, False)
 
     def _error(self, operation: str, peer: int, why: str) -> PeerLost:
-        return PeerLost(f"peer rank {peer} {why}: {operation} {self._here()} ended", peer)
+        return PeerLost(f"{self._here(operation)}: peer rank {peer} {why}", peer)
 
-    def _here(self) -> str:
-        return f"on rank {self.rank} of {self.world_size} (backend={self.backend})"
+    def _here(self, operation: str) -> str:
+        return f"rank {self.rank} of {self.world_size}, {operation} (backend={self.backend})"
 
 
 def node_name() -> str:

@@ -5,6 +5,7 @@ own slice over all ranks, and copies the other slices back; one barrier a piece,
 Sums run over ranks 0, 1, 2 ... in this order, whatever the sizes and whoever adds.
 """
 
+import os
 from time import monotonic
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, distributed
 
 from train.comm.mailbox import Mailbox
 from train.comm.peers import Peers
-from train.comm.segment import SEMAPHORE_BYTES, Segment, Semaphore
+from train.comm.segment import CROWDED_SPIN_S, SEMAPHORE_BYTES, SPIN_S, Segment, Semaphore
 from train.comm.turns import Turns, check_rank, check_summed, flat
 
 IN_HAND = 3
@@ -55,6 +56,7 @@ class ShmGroup:
         self._subgroups = self._segments = self._operations = self._piece = 0
         self._scratch: dict[torch.dtype, Tensor] = {}
         self._piece_bytes = piece_kib << 10
+        self._spin_s = SPIN_S if world_size <= len(os.sched_getaffinity(0)) else CROWDED_SPIN_S
         if (nodes := len(set(self._peers.nodes))) > 1:
             self._peers.close()
             raise ValueError(
@@ -305,7 +307,7 @@ class ShmGroup:
                 raise ValueError(f"backend=shm: the ranks call different operations ({calls})")
 
     def _wait(self, semaphore: Semaphore, operation: str, peer: int, since: float) -> None:
-        semaphore.wait(lambda: self._peers.check_waiting(operation, peer, since))
+        semaphore.wait(lambda: self._peers.check_waiting(operation, peer, since), self._spin_s)
 
     def subgroup(self, ranks: list[int]) -> "ShmGroup | None":
         self._subgroups += 1
