@@ -1,6 +1,7 @@
 """Measures our backends against gloo, all in the same processes and in interleaved turns.
 
-    python scripts/bench_collectives.py [--json] [--workers 2 4 8] [--repetitions 11] [--bytes 102228128 4096] [--piece-kib 1024]
+    python scripts/bench_collectives.py [--json] [--workers 2 4 8] [--repetitions 11] [--bytes 102228128 4096]
+                                        [--piece-kib 1024]
 
 An all-reduce of contiguous fp32, by default the gradients of ResNet-50 and 4 KB; one thread a worker.
 gloo    torch's own ring

@@ -47,7 +47,7 @@ def test_survivors_learn_who_was_killed_in_every_phase(backend, phase):
 
 
 def test_counts_are_printed():
-    command = [sys.executable, "tests/group_contract.py", "--backends", "single", "nccl", "--elements", "10"]
+    command = [sys.executable, "scripts/check_backends.py", "contract", "--backends", "single", "nccl"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     single, nccl = done.stdout.splitlines()
