@@ -117,7 +117,7 @@ def join(settings: dict, chips: dict[str, int], num_cpus: int) -> Iterator[Clust
                     address="local", num_cpus=cpus, resources=chips, include_dashboard=False, **_on(settings), **QUIET
                 )
         else:
-            _connect(address)
+            _connect(address, settings["wait_s"])
         yield look(address, settings)
     finally:
         ray.shutdown()
@@ -147,7 +147,7 @@ def settle(cluster: Cluster, settings: dict, decide: Callable[[Cluster], Found])
             return cluster, decide(cluster)
         except Lacking as problem:
             if time.monotonic() >= deadline:
-                raise
+                raise Lacking(f"{problem} (waited {settings['wait_s']:g} s)") from None
             if str(problem) != said:
                 said = str(problem)
                 print(f"waiting  {deadline - time.monotonic():.0f} s at most: {said}", file=sys.stderr, flush=True)
@@ -190,22 +190,32 @@ def _call(address: str, wait_s: float) -> None:
         time.sleep(LOOK_EVERY_S)
 
 
-def _connect(address: str) -> None:
+def _connect(address: str, wait_s: float) -> None:
+    """A head that answers may still be starting: it is asked again until `wait_s` are over."""
     import ray
 
-    try:
-        ray.init(address=address, **QUIET)
-    except ConnectionError:
-        raise ValueError(
-            f"cluster.address={address}: what answers there is no Ray head, or wants a token: set RAY_AUTH_MODE=token "
-            "and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        ) from None
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            ray.init(address=address, **QUIET)
+            return
+        except ConnectionError:
+            if time.monotonic() >= deadline:
+                raise ValueError(
+                    f"cluster.address={address}: what answers there is no Ray head, or wants a token: set "
+                    "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+                ) from None
+        ray.shutdown()
+        time.sleep(LOOK_EVERY_S)
 
 
 def _on(settings: dict) -> dict[str, str]:
     """Ray's address on the interface that is named; ValueError where this machine has none of that name."""
     if settings["interface"] is None:
         return {}
+    if not settings["expose"]:
+        problem = "a Ray started here listens on loopback only; set cluster.expose=true, or leave the interface out"
+        raise ValueError(f"cluster.interface={settings['interface']}: {problem}")
     return {"_node_ip_address": address_of("cluster.interface", settings["interface"])}
 
 

@@ -40,13 +40,14 @@ class Controller:
         self._pausing = self._stopping = False
         self._heard_of = 0  # the last term of which it is known that all train
 
-    def run(self, run_dir: Path, watch: Callable[[Any], None]) -> dict:
+    def run(self, run_dir: Path, watch: Callable[[Any], None], from_step: int = 0) -> dict:
         """Train to the end; `watch` is called with rank 0's progress several times a second. Returns rank 0's result.
 
         At a KeyboardInterrupt all workers stop after the step at hand and save; a second one ends them at once.
         WorkerFailed and ValueError with a worker's own error: a new worker would meet it too.
         """
         self._run_dir = run_dir
+        self._event("attempt", step=from_step, placement=self.group.placement())
         self.group.train(self.members, run_dir)
         while True:
             try:
@@ -124,12 +125,8 @@ class Controller:
         self._broken, self._pausing, self._losses_before = None, False, len(self.losses)
         hosts = [len(self.group.slots[number].request.hosts) for number in members]
         shares = self._blocks.shares_by_weight(hosts)
-        hosts_of = {
-            number: [share.start * self._blocks.hosts, share.stop * self._blocks.hosts - 1]
-            for number, share in zip(members, shares, strict=True)
-        }
-        self._event("regrouping", hosts=hosts_of)
         self.group.train(members, self._run_dir, [[share.start, share.stop] for share in shares])
+        self._event("regrouped", placement=self.group.placement(members))
         if self._stopping:
             self.group.wish(members, "STOP")
 

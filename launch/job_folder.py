@@ -22,6 +22,9 @@ from train.metrics import write_aside
 ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds train/, launch/ and conf/: every job's working directory, or what is uploaded to be it."""
 
+UNPACKED = ("runtime_resources", "working_dir_files")
+"""Folders in which Ray unpacks what a job has uploaded."""
+
 MAX_ID = 100
 SHOWN_IDS = 10
 
@@ -111,6 +114,21 @@ def find(run_root: Path, name: str | None, action: str) -> Job:
     there = f"there is {', '.join(ids[:SHOWN_IDS])}{more}" if ids else "there is none"
     problem = f"no job {name}" if name else f"action={action} needs the id of a job"
     raise ConfigError("job", f"{problem}; in {run_root / 'jobs'} {there}")
+
+
+def check_run_root(config: dict) -> None:
+    """ConfigError where a run would write to what its job's submitter does not see, or what is deleted with the job."""
+    root = Path(config["run_root"]).expanduser().absolute()
+    if root.resolve().is_relative_to(ROOT) and set(UNPACKED) <= set(ROOT.parts):
+        raise ConfigError(
+            "run_root", f"{root} lies inside the uploaded program, which Ray deletes; take another folder"
+        )
+    if config["job"] is None:
+        return
+    check_id("job", config["job"])
+    if not (root / "jobs" / config["job"] / "job.json").exists():
+        problem = f"{root}: holds no job {config['job']} on this machine, so it is not the folder of launch.submit"
+        raise ConfigError("run_root", f"{problem}; name one on storage that both machines share")
 
 
 def check_id(key: str, name: str) -> None:

@@ -12,6 +12,7 @@ from launch.job_folder import ROOT, Job, State, follow_file, now
 from launch.supervise import STOP_GRACE_S, identity
 
 PYTHON = sys.executable
+SHARES_RUN_ROOT = False  # a process of this machine sees what this command sees
 START_TIMEOUT_S = 20.0
 POLL_S = 0.1
 LOST = "its supervisor left no exit status: it was killed, or the machine restarted, or this is another machine"

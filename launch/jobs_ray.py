@@ -24,6 +24,7 @@ from train.config import ConfigError
 
 UPLOADED = ("train", "launch", "conf", "pyproject.toml")
 PYTHON = "python"
+SHARES_RUN_ROOT = True  # checked by the run, which looks for its job there
 CONNECT_TIMEOUT_S = 5.0
 STOP_TIMEOUT_S = STOP_GRACE_S + 15.0
 POLL_S = 0.5

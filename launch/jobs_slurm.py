@@ -6,9 +6,7 @@ Source: https://slurm.schedmd.com/sbatch.html, scontrol.html, scancel.html
 """
 
 import json
-import os
 import re
-import secrets
 import shlex
 import shutil
 import subprocess
@@ -25,6 +23,7 @@ from train.config import ConfigError
 from train.metrics import write_aside
 
 PYTHON = sys.executable
+SHARES_RUN_ROOT = True  # checked by the run, which looks for its job there
 WAIT_S = 300
 """For the nodes' Ray: the slowest of many."""
 POLL_S = 1.0
@@ -50,9 +49,11 @@ set -uo pipefail
 job={folder}
 python={python}
 cd {root} || exit 1
-export PYTHONUNBUFFERED=1 RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$job/ray_token"
-export RAY_TMPDIR="/tmp/ray-$SLURM_JOB_ID"
+RAY_TMPDIR="$(mktemp --directory /tmp/ray-XXXXXX)"
+export PYTHONUNBUFFERED=1 RAY_TMPDIR RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$job/ray_token"
 head="$job/head-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}.txt"
+rm -f "$job/exit_code"
+(umask 077; "$python" -c 'import secrets; print(secrets.token_hex(32))' > "$RAY_AUTH_TOKEN_PATH")
 leave() {{
     rm -rf "$RAY_AUTH_TOKEN_PATH" "$head" "$RAY_TMPDIR"
     echo "$1" > "$job/exit_code.new" && mv "$job/exit_code.new" "$job/exit_code"
@@ -60,7 +61,6 @@ leave() {{
 }}
 
 # Ray on every node, the head on the first, over one interface; each offers its share of the emulated chips
-mkdir -p "$RAY_TMPDIR"
 srun --overlap --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 \\
     "$python" -m launch.slurm_node "$job" {interface} {resources} >> "$job/ray.txt" 2>&1 &
 ray=$!
@@ -73,8 +73,8 @@ export RAY_ADDRESS
 {command} &
 run=$!
 near_limit=no
-trap 'kill -TERM "$run"' TERM
-trap 'near_limit=yes; kill -TERM "$run"' USR1
+trap 'kill -TERM "$run" 2>/dev/null' TERM
+trap 'near_limit=yes; kill -TERM "$run" 2>/dev/null' USR1
 while kill -0 "$run" 2>/dev/null; do wait "$run"; done
 wait "$run"
 status=$?
@@ -83,8 +83,7 @@ kill "$ray" 2>/dev/null
 wait "$ray"
 if [ "$near_limit" = yes ] && [ "$status" = 1 ]; then
     echo "the time limit is near: queued again, to go on from the checkpoint"
-    rm -rf "$head" "$RAY_TMPDIR"
-    scontrol requeue "$SLURM_JOB_ID" && sleep 60  # Slurm ends this script
+    scontrol requeue "$SLURM_JOB_ID"
 fi
 leave "$status"
 """
@@ -141,9 +140,6 @@ def script(job: Job) -> str:
 
 
 def start(job: Job) -> None:
-    token = os.open(job.folder / "ray_token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(token, "w") as file:
-        file.write(secrets.token_hex(32))
     write_aside(job.folder / "job.sbatch", script(job))
     output = str(job.log).replace("%", "%%")
     said = _slurm("sbatch", "--parsable", f"--job-name={job.id}", f"--output={output}", str(job.folder / "job.sbatch"))

@@ -20,6 +20,7 @@ from launch.console import Display  # noqa: E402
 from launch.controller import Controller  # noqa: E402
 from launch.decisions import Limits  # noqa: E402
 from launch.events import EventLog  # noqa: E402
+from launch.job_folder import check_run_root  # noqa: E402
 from launch.nodes import examine  # noqa: E402
 from launch.placement import Layout, ask, resource_name, wanted_workers  # noqa: E402
 from launch.worker_group import WorkerFailed, WorkerGroup, started  # noqa: E402
@@ -32,6 +33,7 @@ def train(config: dict, started_at: float | None = None) -> int:
     """Trains ResNet as the emulated mesh would; leaves a run folder and prints its report."""
     marks = {"command": started_at or time.time(), "configuration": time.time()}
     config = _absolute(config)
+    check_run_root(config)
     done = run_folder.finished(config)
     if done is not None:
         print(f"done already: {done}")
@@ -95,7 +97,7 @@ def _train(
         write_reference_runs(folder.parent, [claim, *(find(records, name) for name in config["claim"]["neighbours"])])
         print(_opening(folder, checkpoint, contract, facts, group), flush=True)
         with Display() as display:
-            result = controller.run(folder, display.update)
+            result = controller.run(folder, display.update, said["step"])
     except (WorkerFailed, ValueError) as failure:
         error = str(failure)
     except KeyboardInterrupt:
@@ -119,14 +121,17 @@ def _train(
             "time_to_first_step_s": marks["first step"] - started_at if "first step" in marks else None,
         }
     )
-    run_folder.write_json(folder / "result.json", run_folder.complete(folder, summary))
+    try:
+        run_folder.write_json(folder / "result.json", run_folder.complete(folder, summary))
+        print(report([folder]).text)
+    except OSError as failure:
+        error = error or f"its result can't be written: {failure}"
     held.close()
-    print(report([folder]).text)
     if error:
         print(f"launch.run: the run failed: {error}", file=sys.stderr)
     if result["status"] == "interrupted":
         raise KeyboardInterrupt  # ends a sweep as well
-    return 0 if result["status"] == "done" else 1
+    return 0 if result["status"] == "done" and not error else 1
 
 
 def phases(marks: dict[str, float]) -> dict[str, float]:

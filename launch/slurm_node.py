@@ -5,6 +5,9 @@ job has a note of its own, so that a requeued one never joins the head of the at
 """
 
 import os
+import shutil
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +19,7 @@ FIRST_PORT, NUM_PORTS = 20000, 10000
 """Of heads, by the job's number: above what Ray gives its workers (10002 to 19999), below what Linux gives clients."""
 
 HEAD_TIMEOUT_S = 120.0
+ATTEMPTS, START_S = 3, 120.0
 POLL_S = 0.2
 
 
@@ -56,8 +60,23 @@ def main() -> None:
         f"node     {os.environ['SLURMD_NODENAME']} at {address}: {'head' if head is None else f'joins {head}'}",
         flush=True,
     )
-    sys.stdout.flush()
-    os.execv(start[0], start)
+    status = keep(start)
+    shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
+    sys.exit(status)
+
+
+def keep(start: list[str]) -> int:
+    """Runs Ray until it ends or SIGTERM comes. Ray gives its own start 30 s, too little on a busy machine: what ends
+    within START_S is tried again."""
+    asked: list[int] = []
+    for _ in range(ATTEMPTS):
+        begun = time.monotonic()
+        ray = subprocess.Popen(start, stdin=subprocess.DEVNULL)
+        signal.signal(signal.SIGTERM, lambda number, _, ray=ray: (asked.append(number), ray.terminate()))
+        status = ray.wait()
+        if asked or status == 0 or time.monotonic() - begun > START_S:
+            break
+    return status
 
 
 if __name__ == "__main__":

@@ -15,12 +15,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 
-from launch import compose, jobs_local, jobs_ray, jobs_slurm, run_folder
+from launch import compose, jobs_kuberay, jobs_local, jobs_ray, jobs_slurm, rank_table, run_folder
 from launch.job_folder import Job, State, check_id, find, new_id
 from launch.run import emulated_machine
 from train.config import ConfigError
 
-KINDS: dict[str, ModuleType] = {"local": jobs_local, "ray_job": jobs_ray, "slurm": jobs_slurm}
+KINDS: dict[str, ModuleType] = {
+    "local": jobs_local,
+    "ray_job": jobs_ray,
+    "slurm": jobs_slurm,
+    "kuberay": jobs_kuberay,
+}
 OURS = ("launch", "action", "job", "format")
 """Keys of the command line that launch.submit itself answers to."""
 
@@ -39,13 +44,16 @@ def submit(config: dict, words: list[str]) -> int:
     job, kind = Job(run_root / "jobs" / name), KINDS[launch["kind"]]
     if not job.folder.exists():
         settled = [*_resumed(config), *_absolute(config, run_root), f"run={_quoted(name)}", *kind.overrides(config)]
+        settled += [f"job={_quoted(name)}"] if kind.SHARES_RUN_ROOT else []
         words = words_for_run(words, settled)
         run = compose.compose(words)
         assert (run["run_root"], run["run"]) == (str(run_root), name), "an override was not quoted well"
-        emulated_machine(run)  # what launch.run would refuse at once is still seen here
+        machine = emulated_machine(run)  # what launch.run would refuse at once is still seen here
         folder, _ = run_folder.locate(run)
         facts = {"kind": launch["kind"], "run_folder": str(folder)} | kind.prepare(run | {"launch": launch})
         if job.create(run, [kind.PYTHON, "-m", "launch.run", *words], facts):
+            if rank_table.fits(machine.mesh):  # for the real machine of this mesh
+                rank_table.write(job.folder, machine.plan)
             return _start(job, config)
     print(f"{PROG}: job {name} exists; nothing was submitted", file=sys.stderr)
     return status(job, config)
@@ -63,6 +71,8 @@ def _start(job: Job, config: dict) -> int:
     root = [] if config["run_root"] == "runs" else [f"run_root={_quoted(config['run_root'])}"]
     print(f"job      {job.id} ({job.facts['kind']}), in {job.folder}")
     print(f"run      {job.facts['run_folder']}")
+    if "to_do" in job.facts:
+        print(f"to do    {job.facts['to_do']}")
     print("follow   " + shlex.join(["python", "-m", PROG, "action=logs", f"job={_quoted(job.id)}", *root]))
     return 0
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from launch.job_folder import ROOT, Job, State, now
 
-STOP_GRACE_S = 30.0
-"""Above what launch.run needs to finish the step at hand and save."""
+STOP_GRACE_S = 120.0
+"""Above what launch.run needs to finish the step at hand and save, also on a machine that is busy with other things."""
 
 POLL_S = 0.2
 PR_SET_PDEATHSIG = 1

@@ -65,6 +65,11 @@ def judged(config: dict) -> Verdict:
     if not claim.seconds:
         raise ValueError(f"claim.record={claim.id}: has no time to hold against the emulator")
     made = machine(config)
+    if passing := [fault.name for fault in made.faults if not fault.stands]:
+        raise ValueError(
+            f"faults: a {passing[0]} strikes during a run, and the verdict is over machines as they stand; leave it "
+            "out, or have it broken in every step (slow_chip, slow_link)"
+        )
     run, epochs = priced(made), records.load_epochs()
     result = made.run()
     record_run, record_result = run, result

@@ -52,7 +52,7 @@ class WorkerActor:
         return self._host, self._listener.getsockname()[1]
 
     def prepare(self, config: dict, checkpoint: Path | None, device: str, marks: dict, group: dict) -> dict:
-        """Build everything; rank 0 returns what is to be said of the run. ValueError where the input is wrong."""
+        """Build everything; returns what is to be said of the run. ValueError where the input is wrong."""
         with _plain_errors():
             from train.account import contract, facts
             from train.build import Worker, WorkerContext
@@ -71,7 +71,8 @@ class WorkerActor:
             )
             if checkpoint is not None:
                 self._worker.restore(checkpoint)
-            return {"contract": contract(self._worker), "facts": facts(self._worker)} if group["rank"] == 0 else {}
+            step = self._worker.trainer.progress.step
+            return {"contract": contract(self._worker), "facts": facts(self._worker), "step": step}
 
     def stand_by(self, config: dict, device: str) -> dict:
         """Build everything beside the others, for a later `train` with a group; returns `address`."""

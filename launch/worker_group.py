@@ -21,6 +21,8 @@ POLL_S = 0.2
 LATE_S = 1.0
 """How long after a first error the workers' other errors are waited for."""
 HEARTBEAT_S = 0.25
+OWN_PAUSE_S = 1.5
+"""Between two looks; a longer pause than any turn takes."""
 PREPARE_TIMEOUT_S = 300.0
 
 
@@ -77,6 +79,7 @@ class WorkerGroup:
             Slot(number, request, [request.hosts.start, request.hosts.stop - 1])
             for number, request in enumerate(requests)
         ]
+        self._listened_at = monotonic()
         self.term = 0
         """How often the workers have been regrouped."""
         self._placement = placement_group(
@@ -105,11 +108,12 @@ class WorkerGroup:
         actor = worker.remote(request.threads, request.gpus, resources, scheduling_strategy=strategy)
         slot.actor = actor.remote(request.threads, self._loopback, self._interface)
 
-    def placement(self) -> list[dict]:
+    def placement(self, members: list[int] | None = None) -> list[dict]:
         """Which hosts of the mesh lie on which node: {worker, hosts, chips, node, address, pid}."""
         return [
             {"worker": slot.number, "hosts": slot.hosts, "chips": slot.request.chips} | slot.address
             for slot in self.slots
+            if members is None or slot.number in members
         ]
 
     def prepare(self, config: dict, checkpoint: Path | None, device: str, marks: dict[str, float]) -> dict:
@@ -190,10 +194,15 @@ class WorkerGroup:
 
         WorkerFailed, or ValueError, where one ended with an error of its own.
         """
-        until = monotonic() + seconds
+        now = monotonic()
+        if now - self._listened_at > OWN_PAUSE_S:  # this process was stopped: the silence was its own
+            for slot in self.slots:
+                slot.heard_at = now
+        until = now + seconds
         dead = self._take(0.0)
         while not dead and (left := until - monotonic()) > 0:
             dead = self._take(min(left, HEARTBEAT_S))
+        self._listened_at = monotonic()
         return dead
 
     def _take(self, seconds: float) -> list[Slot]:

@@ -41,7 +41,7 @@ KEYS_OF_LAYOUTS = ("workers", "shares", "run", "run_root", "resume")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is spread and broken: `interrupt` is None, kill (-9, a worker) or stop (SIGINT, the command)."""
+    """How a run is spread and broken: `interrupt` is None, kill (-9, the command) or stop (SIGINT, the command)."""
 
     name: str
     workers: int
@@ -167,26 +167,26 @@ class Commands:
             raise self._failure(process)
 
     def _break_off(self, layout: Layout, folder: Path, words: list[str]) -> None:
-        """Kill a worker in a step after the first checkpoint, or stop the command after a third of the steps."""
+        """Kill the command in a step after the first checkpoint, or stop it after a third of the steps."""
 
         def due() -> bool:
             step = last_step(folder)
             if layout.interrupt == "stop":
                 return step >= max(self._steps // 3, 1)
             saved = list_checkpoints(folder / "checkpoints")
-            return bool(saved) and saved[-1] < checkpoint_path(saved[-1].parent, step)  # so that a step is lost
+            return bool(saved) and saved[-1].name < checkpoint_path(folder, step).name  # so that a step is lost
 
         process = self._start(words)
         if self._until(due, process, layout, folder):
             if layout.interrupt == "kill":
-                os.kill(read_json(folder / "env.json")["placement"][-1]["pid"], signal.SIGKILL)
+                process.kill()
             else:
                 process.send_signal(signal.SIGINT)
             self._until(lambda: False, process, layout, folder)
-        status = read_json(folder / "result.json").get("status")
         if process.returncode == 0:
-            raise RunFailed("the run ended before it could be broken off; raise max_steps, or lower checkpoint_every")
-        if status != {"kill": "failed", "stop": "interrupted"}[layout.interrupt]:
+            raise RunFailed("the run ended before it could be broken off; raise max_steps, or lower checkpoint_steps")
+        ended = process.returncode, read_json(folder / "result.json").get("status")
+        if ended != {"kill": (-signal.SIGKILL, None), "stop": (1, "interrupted")}[layout.interrupt]:
             raise self._failure(process)
 
     def _start(self, words: list[str]) -> subprocess.Popen:
@@ -279,7 +279,7 @@ def plan(overrides: list[str]) -> tuple[list[str], dict]:
         "target_top1": 1,
         "eval_every": 1_000_000,
         "eval_offset": 0,
-        "checkpoint_every": max(steps // 6, 1) / steps_per_epoch,
+        "checkpoint_steps": max(steps // 6, 1),
         "device": "cpu",
     }
     if isinstance(config["epochs"], int | float) and config["epochs"] * steps_per_epoch < steps:

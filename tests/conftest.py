@@ -17,7 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 LEFT_OUT: pytest.StashKey[Counter] = pytest.StashKey()
 START_RAY = {"test_certify", "test_launch_placement", "test_launch_run", "test_launch_submit_runs"}
-MARKS = ("slow", "gpu", "slurm", "sample", "simgrid")
+MARKS = ("slow", "gpu", "slurm", "sample", "simgrid", "netns")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -162,3 +162,19 @@ def test_the_documented_backend_of_another_package_works(tmp_path, monkeypatch):
     count, unit = (tmp_path / "summed.txt").read_text().split()
     parameters = 4 * 272_474  # ResNet-20's, in fp32
     assert unit == "bytes" and int(count) > 2 * parameters
+
+
+def sha_on(rank: int, world_size: int, store, config: dict, folder: Path) -> str:
+    return run_worker(config, WorkerContext(rank=rank, world_size=world_size, store=store), folder)["weights_sha256"]
+
+
+def test_training_has_the_same_bits_on_every_backend(tmp_path):
+    found = {}
+    for backend, ranks in {"single": 1, "plan": 2, "shm": 2, "hybrid": 3}.items():
+        (tmp_path / backend).mkdir()
+        config = tiny(f"backend={backend}", "max_steps=2")
+        if ranks == 1:
+            found[backend] = {sha_on(0, 1, None, config, tmp_path / backend)}
+        else:
+            found[backend] = set(run_ranks(ranks, sha_on, config, tmp_path / backend))
+    assert len(set.union(*found.values())) == 1, found

@@ -95,3 +95,55 @@ def test_waiting_is_counted_and_the_consumers_own_time_is_not(monkeypatch):
             clock()
         list(prefetcher)
         assert prefetcher.wait_s == 4  # three batches and the end
+
+
+class Startable(Numbers):
+    """Batches are begun ahead; a task counts as under way until somebody waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = self.waited = self.most = 0
+
+    def start(self, indices, *, seed, epoch):
+        if 17 in indices:
+            raise RuntimeError("no loader process for seventeen")
+        self.begun += 1
+        self.most = max(self.most, self.begun - self.waited)
+
+        def wait():
+            self.waited += 1
+            return self.batch(indices, seed=seed, epoch=epoch)
+
+        return wait
+
+    def finish(self, images):
+        return images + 0.5
+
+
+def test_batches_that_can_be_started_are_under_way_together_and_come_in_order():
+    dataset = Startable()
+    with Prefetcher(dataset, batches(100, 9), seed=7, depth=3) as prefetcher:
+        assert [labels.item() for _, labels in prefetcher] == list(range(107, 116))
+    assert dataset.most == 3 and dataset.begun == dataset.waited == 9
+    with Prefetcher(Startable(), [(2, np.array([3]))], seed=0) as prefetcher:
+        assert next(prefetcher)[0].item() == 3002.5
+
+
+@pytest.mark.parametrize(("first", "error"), [(11, FileNotFoundError), (15, RuntimeError)])
+def test_what_was_begun_before_an_error_comes_first(first, error):
+    dataset = Startable()
+    with Prefetcher(dataset, batches(first, 9), seed=0, depth=3) as prefetcher:
+        assert [next(prefetcher)[1].item(), next(prefetcher)[1].item()] == [first, first + 1]
+        with pytest.raises(error):
+            next(prefetcher)
+    assert dataset.begun == dataset.waited  # closing waits for what was under way: its memory comes back
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3, 6])
+def test_closing_waits_for_what_is_under_way(taken):
+    dataset = Startable()
+    prefetcher = Prefetcher(dataset, batches(100, 6), seed=0, depth=2)
+    for _ in range(taken):
+        next(prefetcher)
+    prefetcher.close()
+    assert not prefetcher._thread.is_alive() and dataset.begun == dataset.waited

@@ -35,6 +35,36 @@ def test_going_back_to_an_epoch_gives_the_same_samples():
     assert (order.indices(0, 2, 0, 8) == before).all()
 
 
+@pytest.mark.parametrize("last_batch", ["drop", "pad", "keep"])
+@pytest.mark.parametrize("num_samples", [48, 50, 53, 59])
+def test_the_last_batch(num_samples, last_batch):
+    """Twelve images a step: what four chips see in an epoch, and how often."""
+    if last_batch == "keep" and num_samples == 50:
+        with pytest.raises(ValueError, match="last_batch=keep: 2 images are left over for 4 chips"):
+            Order(num_samples, 3, 4, seed=5, last_batch=last_batch)
+        return
+    order = Order(num_samples, 3, 4, seed=5, last_batch=last_batch)
+    whole, left = divmod(num_samples, 12)
+    assert order.steps_per_epoch == whole + (left > 0 and last_batch != "drop")
+    steps = [order.indices(7, step, 0, 4).ravel() for step in range(order.steps_per_epoch)]
+    drawn, seen = permutation(num_samples, 5, 7), np.concatenate(steps)
+    if last_batch == "drop" or not left:
+        assert seen.tolist() == drawn[: 12 * whole].tolist()
+    elif last_batch == "pad":
+        assert seen.tolist() == drawn.tolist() + drawn[: 12 - left].tolist()
+    else:
+        assert seen.tolist() == drawn.tolist()
+        sizes = order.sizes(order.steps_per_epoch - 1, 0, 4)
+        assert sum(sizes) == left == order.images(order.steps_per_epoch - 1) and max(sizes) - min(sizes) <= 1
+        assert order.images(order.steps_per_epoch - 1, lost={0, 3}) == left - sizes[0] - sizes[3]
+    assert order.sizes(0, 0, 4) is None and order.images(0) == 12 and order.images(0, lost={3}) == 9
+    last = order.steps_per_epoch - 1  # cut among workers, chip by chip
+    parts = [order.indices(7, last, first, first + 1).ravel() for first in range(4)]
+    assert np.concatenate(parts).tolist() == steps[-1].tolist()
+    if order.sizes(last, 0, 4):
+        assert tuple(map(len, parts)) == order.sizes(last, 0, 4) == order.sizes(last, 0, 1) + order.sizes(last, 1, 4)
+
+
 def test_batch_larger_than_the_data_set():
     numbers = r"global_batch_size=512 \(64 chips x 8\).*\(360 images\)"
     with pytest.raises(ValueError, match=numbers + ".*lower chip_batch_size"):

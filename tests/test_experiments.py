@@ -18,6 +18,16 @@ OVERRIDES = {
     "cifar10_atlas": ["data.root={photos}", "chip_batch_size=2", "data.repeat=2"],
     "cifar10_bn_span": ["data.root={photos}", "chip_batch_size=2", "data.repeat=2"],
     "imagenet_atlas900": ["data.root={photos}", "global_batch_size=16", "data.image_size=64", "data.repeat=2"],
+    "fast_16_epochs": [
+        "data.root={photos}",
+        "global_batch_size=16",
+        "data.image_size=32",
+        "data.eval_size=48",
+        "data.repeat=2",
+        "data.train_sizes=[[0,24],[1,32]]",
+        "schedule.warmup_epochs=0.5",
+        "schedule.base_lr=0.01",
+    ],
     "synthetic": ["chip_batch_size=2", "data.image_size=64", "data.num_train=64", "data.num_eval=16"],
 }
 

@@ -16,11 +16,10 @@ FLOORS = (
     (1, "numpy", "train.comm.algorithms train.comm.tree train.sim"),
     (2, "numpy", "train.emulator train.report train.claims train.conditions train.retime train.mlperf_import"),
     (2, "torch", "train.comm train.data train.models train.optim train.metrics train.checkpoint train.precision"),
-    (2, "torch", "train.memory train.tensorboard train.progress train.account train.mlperf_log train.trace"),
-    (2, "torch", "train.comm.plan_group"),
+    (2, "torch", "train.memory train.tensorboard train.progress train.mlperf_log train.trace train.comm.plan_group"),
     (3, "torch", "train.trainer train.recovery"),
     (4, "torch", "train.callbacks"),
-    (5, "torch", "train.build"),
+    (5, "torch", "train.build train.account"),
     (6, "torch", "launch"),
 )
 BLOCKED = "hydra omegaconf ray sklearn tensorboard matplotlib PIL rich torchvision mlperf_logging".split()

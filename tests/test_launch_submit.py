@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import jobs_local, submit
+from launch import job_folder, jobs_local, submit
 from launch.compose import compose
-from launch.job_folder import ROOT, Job, State, new_id
+from launch.job_folder import ROOT, Job, State, check_run_root, new_id
 from launch.jobs_ray import UPLOADED, copy_package
 from launch.supervise import ending, identity
+from train.config import ConfigError
 
 SMALL = ["mesh=atlas800", "chip_batch_size=4", "workers=1"]
 
@@ -257,3 +258,19 @@ def test_only_the_program_is_uploaded(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(UPLOADED)
     assert (tmp_path / "launch" / "submit.py").exists() and (tmp_path / "conf" / "config.yaml").exists()
     assert not list(tmp_path.rglob("__pycache__"))
+
+
+def test_a_run_looks_for_its_job_in_run_root_and_never_writes_into_what_was_uploaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(tmp_path, "one", "pass")
+    config = {"run_root": str(tmp_path), "job": "one"}
+    check_run_root(config)
+    check_run_root(config | {"job": None})
+    with pytest.raises(ConfigError, match="run_root: .*: holds no job two on this machine, .* both machines share"):
+        check_run_root(config | {"job": "two"})
+    uploaded = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    monkeypatch.setattr(job_folder, "ROOT", uploaded)
+    with pytest.raises(ConfigError, match="lies inside the uploaded program, which Ray deletes"):
+        check_run_root({"run_root": str(uploaded / "runs"), "job": None})
+    check_run_root(config)

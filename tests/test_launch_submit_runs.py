@@ -148,7 +148,7 @@ def test_a_run_as_a_job_of_a_ray_head(head: str, tmp_path: Path) -> None:
     assert list((tmp_path / "one" / "checkpoints").glob("*.pt"))
     facts = Job(tmp_path / "jobs" / "one").facts
     assert (facts["submission_id"], facts["address"], facts["status"]) == ("one", head, "STOPPED")
-    settled = [f"run_root={tmp_path}", "run=one", "cluster.address=auto"]
+    settled = [f"run_root={tmp_path}", "run=one", "cluster.address=auto", "job=one"]
     assert facts["command"] == [
         "python",
         "-m",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from train.models.chip_norm import ChipBatchNorm2d, ChipPass, allocate_chips
-from train.models.damage import Damage, Flip, flipped, frozen_statistics, without
+from train.models.damage import Damage, Flip, flipped, frozen_statistics, group_of, without
 from train.sim.faults import DeadChip, FlippedBit, LostHost, StaleBatchNorm
 from train.sim.timeline import Pace, Timeline
 
@@ -76,6 +76,9 @@ def test_every_element_of_every_parameter_can_be_struck():
     assert not list(Damage(timeline, Tiny(), PASSES).flips(1, PASSES[1]))
     (fixed,) = damage(FlippedBit(chip=12, bit=30)).flips(1, PASSES[1])
     assert fixed.bit == 30
+    (event,) = Timeline([FlippedBit(chip=12, bit=30)], PACE, 1).events
+    name, index = ("weight", "bias")[fixed.parameter], ", ".join(map(str, fixed.index))
+    assert damage().words(event) == f"bit 30 of its gradient of {name}[{index}] is inverted before the sum"
 
 
 def test_a_worker_knows_its_own_part_of_what_is_lost_and_stale():
@@ -104,6 +107,16 @@ def test_images_of_lost_chips_have_no_part():
     assert names.tolist() == [0, 1, 2, 6, 7, 8] and chip_pass.count == 2
     assert torch.equal(rest, logits[names])
     assert len(without([0, 1, 2, 3], logits, labels, ChipPass(count=4))[1]) == 0
+    unequal = ChipPass(first=8, count=4, span=2, sizes=(3, 4, 2, 3))
+    _, names, chip_pass = without([1], logits, labels, unequal)
+    assert names.tolist() == [0, 1, 2, 7, 8, 9, 10, 11] and chip_pass.sizes == (3, 2, 3)
+
+
+def test_the_group_of_a_chip_and_its_images():
+    alone, rows = group_of(11, ChipPass(first=8, count=4, span=2), 12)
+    assert (alone.first, alone.count, alone.span, alone.sizes, rows) == (10, 2, 2, None, slice(6, 12))
+    alone, rows = group_of(9, ChipPass(first=8, count=4, span=1, sizes=(3, 4, 2, 3)), 12)
+    assert (alone.first, alone.count, alone.sizes, rows) == (9, 1, (4,), slice(3, 7))
 
 
 def test_statistics_that_are_frozen_are_what_they_were():

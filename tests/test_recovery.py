@@ -80,7 +80,7 @@ def lose_one(rank: int, world_size: int, store, folder: Path, doomed: int, phase
         return "died"
     if result["status"] == "done":  # all was over but for the death
         return result | {"joined": {"source": "memory", "repeated": 0}}
-    assert result["status"] == "lost" and f"rank {rank} of {world_size}, " in result["error"], result
+    assert result["status"] == "lost" and f"rank {rank} of {world_size}" in result["error"], result
     survivors = [r for r in range(world_size) if r != doomed]
     return train_on(worker, folder, store, [survivors], 0, rank)
 

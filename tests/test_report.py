@@ -214,3 +214,64 @@ def test_loads_neither_torch_nor_ray():
 
 def test_the_claims_record_is_the_one_of_the_59_8_seconds():
     assert (CLAIM.seconds, CLAIM.chips, CLAIM.target_top1) == (59.8, 1024, 75.9)
+
+
+FAULTS = {
+    "label": "emulated",
+    "cost_s": 30.5,
+    "recovery_s": 27.25,
+    "slower_steps_s": 3.25,
+    "num_events": 3,
+    "lost_chips": 8,
+    "events": [
+        {
+            "fault": "slow chip",
+            "step": 4,
+            "epoch": 1.0,
+            "until_step": 9,
+            "chips": [5, 5],
+            "what": "computes 2 times as long",
+        }
+        | {"repeated_steps": 0, "recovery_s": 0.0},
+        {
+            "fault": "lost host",
+            "step": 7,
+            "epoch": 2.0,
+            "until_step": None,
+            "chips": [8, 15],
+            "what": "the others go on",
+        }
+        | {"repeated_steps": 1, "recovery_s": 27.25},
+    ],
+}
+
+
+def test_faults_are_told_with_their_cost_and_recovery(tmp_path):
+    run = make_run(tmp_path / "broken", result_changes={"faults": FAULTS, "images": 6000})
+    made = report([run]).runs[0]
+    text = made.markdown
+    assert "They added 30.50 s to the emulated clock: 27.25 s until all worked again, 3.25 s" in text
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "| " in line]
+    assert ["4", "1", "slow chip", "5", "computes 2 times as long, to step 8", "0", "-"] in cells
+    assert ["7", "2", "lost host", "8 to 15", "the others go on", "1", "27.25 s"] in cells
+    assert "\nand 1 more.\n" in text and "their share of every batch: 8." in " ".join(text.split())
+    assert made.data["faults"] == FAULTS
+    assert row(text, "images/s") == ["-", f"{6000 / result()['emulated_s']:,.0f}", f"{6000 / 26:,.0f}"]
+
+
+def test_runs_stand_beside_each_other_and_share_no_column(finished, tmp_path):
+    broken = make_run(
+        tmp_path / "broken", result_changes={"faults": FAULTS, "reached": False, "weights_sha256": "cd" * 32}
+    )
+    assert "# Beside each other" not in report([finished]).text
+    text = report([finished, broken]).text.partition("# Beside each other\n\n")[2]
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    first, second = (dict(zip(head, cells, strict=True)) for cells in rows)
+    assert all(word.count("emulated") + word.count("measured") == 1 for word in head if word not in NEITHER)
+    assert (first["faults"], second["faults"]) == ("none", "slow chip, lost host")
+    assert (first["to target, emulated"], second["to target, emulated"]) == ("0.50 s", "not reached")
+    assert (first["added by faults, emulated"], second["added by faults, emulated"]) == ("-", "30.50 s")
+    assert second["to recover, emulated"] == "27.25 s" and second["weights"] == "cd" * 6
+
+
+NEITHER = ("run", "faults", "epochs", "weights")

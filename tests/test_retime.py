@@ -114,3 +114,18 @@ def test_a_run_without_rows_is_refused(run):
         retime.result([], [], made, 0.9)
     with pytest.raises(ValueError, match="no time"):
         retime.own_clock({"step": 3})
+
+
+def test_a_run_is_re_timed_on_a_machine_that_breaks(run, capsys):
+    sound = priced(capsys, f"run={run}")
+    spare = {"at_steps": 7, "at_epochs": "null", "detect_s": 3, "restart_s": 4, "checkpoint_steps": 5}
+    broken = priced(
+        capsys, f"run={run}", "faults=dead_chip", *(f"faults.{key}={value}" for key, value in spare.items())
+    )
+    assert broken["faults"]["cost_s"] == pytest.approx(7 + 2 * sound["step_s"])
+    assert broken["time_to_train_s"] == pytest.approx(sound["time_to_train_s"] + 7 + 2 * sound["step_s"])
+    assert sum(broken[part] for part in PARTS) == pytest.approx(broken["time_to_train_s"])
+    assert [point["top1"] for point in broken["curve"]] == [point["top1"] for point in sound["curve"]]
+
+
+PARTS = "compute_s exposed_comm_s straggler_s input_s other_s eval_s startup_s".split()

@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from launch import compose, run, run_folder
-from launch.cluster import Cluster
+from launch.cluster import Cluster, Node
+from train import checkpoint, checkpoint_files
 
 STEPS = 4
 TINY = "model=resnet_cifar20 model.depth=8 data.image_size=8 chip_batch_size=2 mesh=atlas900_64 numerics=fast".split()
-SWEEP = ["-m", *TINY, "bn_span=1,2", "seed=0,1", f"max_steps={STEPS}", "checkpoint_steps=1", "resume=auto"]
+SWEEP = ["-m", *TINY, "bn_span=1,2", "seed=0,1", f"max_steps={STEPS}", "checkpoint_steps=2", "resume=auto"]
 NAMES = [f"digits_atlas-bn_span.{span}-seed.{seed}" for span in (1, 2) for seed in (0, 1)]
 
 
@@ -52,22 +53,33 @@ class Group:
         self.worker = Worker(config, WorkerContext(marks=marks))
         if checkpoint:
             self.worker.restore(checkpoint)
-        return {"contract": contract(self.worker), "facts": facts(self.worker)}
+        return {"contract": contract(self.worker), "facts": facts(self.worker), "step": 0}
 
     def placement(self) -> list[dict]:
-        return [{"worker": 0, "hosts": [0, 7]}]
+        return [{"worker": 0, "hosts": [0, 7], "address": "here"}]
 
-    def train(self, folder: Path, watch: Callable, hang_timeout_s: float) -> dict:
+    def train(self, folder: Path) -> dict:
         trainer, died_at = self.worker.trainer, self.deaths.pop(folder.name, None)
         step = trainer._step
 
         def until_death(loader):
             if trainer.progress.step + 1 == died_at:
+                self.worker.writer.close()  # its last checkpoint was on disk by then
                 raise Killed
             return step(loader)
 
         trainer._step = until_death
         return self.worker.train(folder)
+
+
+class Controller:
+    """Stands for the one that looks after Ray's actors: the only worker is here, and no one outlives it."""
+
+    def __init__(self, group: Group, *_) -> None:
+        self.group, self.losses, self.restarts = group, [], 0
+
+    def run(self, folder: Path, watch: Callable, from_step: int) -> dict:
+        return self.group.train(folder)
 
 
 @pytest.fixture
@@ -77,7 +89,7 @@ def sweep(monkeypatch, capsys) -> Iterator[Callable]:
 
     @contextmanager
     def joined(*_):
-        yield Cluster(None, [{"CPU": 2, "ascend910": 64}], True)
+        yield Cluster(None, [Node("here", "127.0.0.1", {"CPU": 2, "ascend910": 64})], True)
 
     @contextmanager
     def started(*_):
@@ -85,6 +97,7 @@ def sweep(monkeypatch, capsys) -> Iterator[Callable]:
 
     monkeypatch.setattr(run, "join", joined)
     monkeypatch.setattr(run, "started", started)
+    monkeypatch.setattr(run, "Controller", Controller)
     handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
 
     def command(*words: str, kill: dict[str, int] | None = None) -> tuple[int | None, str]:
@@ -149,7 +162,7 @@ def test_a_sweep_killed_thrice_ends_as_one_that_was_not(sweep, tmp_path):
 
 
 def test_one_run_by_its_name_resumes_or_is_done_or_is_refused(sweep, tmp_path):
-    words = [*TINY, "run=mine", "resume=auto", "checkpoint_steps=1", f"run_root={tmp_path}"]
+    words = [*TINY, "run=mine", "resume=auto", "checkpoint_steps=2", f"run_root={tmp_path}"]
     assert sweep(*words, "max_steps=3", kill={"mine": 3})[0] is None
     assert sweep(*words, "max_steps=3", "seed=5") == (2, "")  # another recipe under this name
     assert "resumed  from step_00000002.pt" in sweep(*words, "max_steps=3")[1]
@@ -167,8 +180,7 @@ def left(root: Path, name: str, status: str | None, **changes) -> Path:
     made = config(root, f"run={name}") | changes
     folder = root / name
     run_folder.create(folder, made, {}, resumed=False).close()
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints/step_00000001.pt").touch()
+    checkpoint.save(checkpoint_files.take_over(folder / "checkpoints"), 1, {})
     if status:
         run_folder.write_json(folder / "result.json", {"status": status})
     return folder
@@ -202,7 +214,7 @@ def test_a_run_that_another_process_trains_is_left_alone(tmp_path):
         with pytest.raises(ValueError, match="run=mine: another process trains it at this moment"):
             run_folder.locate(wanted)
         other.kill()
-    assert run_folder.locate(wanted) == (folder, folder / "checkpoints/step_00000001.pt")
+    assert run_folder.locate(wanted) == (folder, folder / "checkpoints/attempt_0001/step_00000001.pt")
 
 
 def test_names_say_what_is_swept_and_nothing_else():

@@ -75,7 +75,6 @@ def test_a_smaller_mesh_repeats_one_step_and_goes_on_at_its_own_pace():
     assert lost.step(10) == SOUND and lost.step(12) == price(Condition(lost=8)) and lost.step(12).step_s == 2.75
     assert lost.recovery_s(40) == 18 + 2.75
     assert lost.cost_s(40) == pytest.approx(18 + 2.75 - 30 * 0.25)
-    assert lost.chip_steps(10) == 160 and lost.chip_steps(40) == 160 + 30 * 8
     assert lost.values(12) == {
         "emulated/fault_events": 1,
         "emulated/living_chips": 8,

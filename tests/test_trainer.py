@@ -241,3 +241,19 @@ def test_training_evaluates_as_often_as_the_emulator_charges():
             due += trainer._due(every, offset)
         charged = run_time(step, 1.0, 0.0, STEPS_PER_EPOCH, epochs, every, offset)
         assert (trainer.total_steps, due) == (charged.steps, charged.evaluations), (epochs, every, offset)
+
+
+def test_the_last_batch_of_an_epoch_is_dropped_padded_or_kept(tmp_path):
+    """1,437 images in steps of 1,392 (24 chips x 58): 45 are left."""
+    one_epoch = ("chip_batch_size=58", "data.image_size=8", "max_steps=2", "eval_every=9", "schedule.base_lr=0.01")
+    images = {}
+    for rule in ("drop", "pad", "keep"):
+        train(tmp_path / rule, *one_epoch, f"last_batch={rule}")
+        steps = rows(tmp_path / rule, "step")
+        counts = [row["values"]["measured/images_per_s"] * row["values"]["measured/step_s"] for row in steps]
+        images[rule] = [(row["epoch"], round(count)) for row, count in zip(steps, counts, strict=True)]
+    assert images == {
+        "drop": [(1.0, 1392), (2.0, 1392)],
+        "pad": [(0.5, 1392), (1.0, 1392)],
+        "keep": [(0.5, 1392), (1.0, 45)],
+    }

@@ -144,6 +144,7 @@ def test_another_machine_and_claim(found):
         (["claim.record=nobody"], "claim.record=nobody"),
         (["epoch=72"], "epoch"),
         (["run_root={file}"], "run_root"),
+        (["faults=dead_chip"], "faults: a dead chip strikes during a run"),
     ],
 )
 def test_wrong_input_makes_one_line_and_status_2(overrides, named, tmp_path, capsys):

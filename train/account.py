@@ -2,6 +2,7 @@
 
 import platform
 import resource
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,16 @@ from train.precision import describe_device
 
 if TYPE_CHECKING:
     from train.build import Worker
+
+
+class RunInfo:
+    """What callbacks learn of a run before its first step."""
+
+    def __init__(self, worker: "Worker", run_dir: Path, resumed_step: int) -> None:
+        self.run_dir, self.config, self.resumed_step = run_dir, worker.config, resumed_step
+        self.steps_per_epoch, self.total_steps = worker.order.steps_per_epoch, worker.trainer.total_steps
+        self.num_train, self.num_eval = len(worker.source.train), len(worker.source.eval)
+        self.chips, self.global_batch_size = worker.order.num_chips, worker.order.global_batch_size
 
 
 def contract(worker: "Worker") -> dict:
@@ -82,7 +93,7 @@ def identity(worker: "Worker") -> dict:
         | {
             "numerics": config["numerics"],
             "gradient_sum": config["gradient_sum"],
-            **{key: config[key] for key in ("loss_scale", "clip_norm", "ema_decay")},
+            **{key: config[key] for key in ("loss_scale", "clip_norm", "ema_decay", "last_batch")},
             "chips": worker.order.num_chips,
             "chip_batch_size": worker.chip_batch_size,
             "seed": config["seed"],
@@ -97,8 +108,8 @@ def identity(worker: "Worker") -> dict:
 def result(worker: "Worker", status: str) -> dict:
     """What result.json needs of a run that ended, or broke off, so."""
     progress, toll = worker.trainer.progress, worker.trainer.clock.toll
-    images = worker.chip_batch_size * toll.chip_steps(progress.step) if toll else None
-    images = progress.step * worker.order.global_batch_size if images is None else images
+    order, damage = worker.order, worker.trainer.damage
+    images = sum(order.images(step % order.steps_per_epoch, damage.lost(step + 1)) for step in range(progress.step))
     return {
         "status": status,
         "top1": progress.top1,
@@ -111,7 +122,7 @@ def result(worker: "Worker", status: str) -> dict:
         "measured_s": progress.measured_s,
         "emulated_s": worker.trainer.clock.seconds,
         "emulated_interval_s": list(worker.emulator.interval_s(worker.trainer.clock.seconds)),
-        **({"faults": toll.report(progress.step)} if toll else {}),
+        **({"faults": toll.report(progress.step, damage.words)} if toll else {}),
         "images": images,
         "peak_memory_bytes": peak_memory_bytes(worker.device),
         "images_per_s": images / progress.measured_s if progress.measured_s else None,

@@ -15,8 +15,17 @@ from typing import Any
 import torch
 
 from train import checkpoint, emulator, emulator_faults
-from train.account import identity, result
-from train.callbacks import Callback, FenceCallback, MetricsCallback, MLPerfCallback, ProgressCallback, TraceCallback
+from train.account import RunInfo, identity, result
+from train.callbacks import (
+    Callback,
+    FenceCallback,
+    FirstStep,
+    MetricsCallback,
+    MLPerfCallback,
+    OutlastsFullDisk,
+    ProgressCallback,
+    TraceCallback,
+)
 from train.checkpoint_files import Fenced, newest_sound, take_over
 from train.comm.aggregation import Aggregator, SumAggregator, TreeAggregator
 from train.comm.backup import Backup, Bank, assemble, keepers
@@ -55,16 +64,6 @@ class WorkerContext:
     """Unix times at which phases of the start ended, in order; the first is the command's own start."""
 
 
-class RunInfo:
-    """What callbacks learn of a run before its first step."""
-
-    def __init__(self, worker: "Worker", run_dir: Path, resumed_step: int) -> None:
-        self.run_dir, self.config, self.resumed_step = run_dir, worker.config, resumed_step
-        self.steps_per_epoch, self.total_steps = worker.order.steps_per_epoch, worker.trainer.total_steps
-        self.num_train, self.num_eval = len(worker.source.train), len(worker.source.eval)
-        self.chips, self.global_batch_size = worker.order.num_chips, worker.order.global_batch_size
-
-
 class Worker:
     """One worker, ready to train. ValueError where that can't be; nothing is written before `train`."""
 
@@ -86,7 +85,8 @@ class Worker:
         mesh = self.emulator.mesh
         self.blocks = blocks(config, mesh)
         self.chip_batch_size = chip_batch_size(config, mesh.num_chips)
-        self.order = Order(len(self.source.train), self.chip_batch_size, mesh.num_chips, config["seed"])
+        share = self.chip_batch_size
+        self.order = Order(len(self.source.train), share, mesh.num_chips, config["seed"], config["last_batch"])
         check_batch_norm(config, self.emulator.workload, self.chip_batch_size)
         shares = None if context.rank is None else self.blocks.shares(context.world_size)
         self.bank = Bank()
@@ -302,11 +302,10 @@ class Worker:
         step = self.trainer.progress.step
         if self.group.rank == 0 and self.writer and self._written == step:
             return
-        for sink in self._sinks:
-            sink.close("failed")
-        if self.writer:
+        for left in (*self._sinks, self.writer):
             with suppress(OSError, RuntimeError):
-                self.writer.close()
+                if left:
+                    left.close()
         self._callbacks, self._sinks, self.writer = [self._first_step], [], None
         if self.group.rank > 0:
             return
@@ -315,8 +314,9 @@ class Worker:
         claim = find(load(), self.config["claim"]["record"])
         self._sinks = open_sinks(run_dir, self.config, resumed_step=step, claim=claim)
         written = {(row["kind"], row["step"]) for row in read_rows(run_dir)}
-        self._callbacks += [FenceCallback(attempt), MetricsCallback(self._sinks), self.progress_callback]
-        self._callbacks += [MLPerfCallback(), TraceCallback()]
+        self._callbacks += [FenceCallback(attempt), self.progress_callback]
+        for writes in (MetricsCallback(self._sinks), MLPerfCallback(), TraceCallback()):
+            self._callbacks.append(OutlastsFullDisk(writes, self.notes.append))
         run = RunInfo(self, run_dir, step)
         for callback in self._callbacks:
             callback.on_start(run)
@@ -366,16 +366,6 @@ class Worker:
                 raise ValueError(f"{path}: the checkpoint has {key}={saved}, this run {value}; start a new run")
         self._load(state)
         self.trainer.set_statistics(moments_of(state["chip_moments"], self.passes, self.config["bn_span"]))
-
-
-class FirstStep(Callback):
-    """Notes when the first step ended."""
-
-    def __init__(self, marks: dict[str, float]) -> None:
-        self.marks = marks
-
-    def on_step(self, record: Any) -> None:
-        self.marks.setdefault("first step", time())
 
 
 def run_worker(config: dict, context: WorkerContext, run_dir: Path, resume_from: Path | None = None) -> dict:

@@ -4,8 +4,10 @@ A callback has four hooks: on_start(run), on_step(StepRecord), on_eval(EvalRecor
 config, steps_per_epoch, total_steps, num_train, num_eval, chips, global_batch_size and resumed_step.
 """
 
+import errno
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,16 @@ class Callback:
     def on_end(self, result: dict) -> None: ...
 
 
+class FirstStep(Callback):
+    """Notes when the first step ended."""
+
+    def __init__(self, marks: dict[str, float]) -> None:
+        self.marks = marks
+
+    def on_step(self, record) -> None:
+        self.marks.setdefault("first step", time.time())
+
+
 class FenceCallback(Callback):
     """Ends this worker with Fenced once another writer has taken the run over."""
 
@@ -34,6 +46,37 @@ class FenceCallback(Callback):
 
     def on_step(self, record) -> None:
         check_fence(self._attempt)
+
+
+class OutlastsFullDisk(Callback):
+    """Another callback, which writes: a disk that is full while the run goes on is said, and does not end it."""
+
+    FULL = (errno.ENOSPC, errno.EDQUOT)
+
+    def __init__(self, callback: Callback, say: Callable[[str], None]) -> None:
+        self._callback, self._say = callback, say
+        self._full = False
+        self.on_start, self.on_end = callback.on_start, callback.on_end
+
+    def on_step(self, record) -> None:
+        self._try(self._callback.on_step, record)
+
+    def on_eval(self, record) -> None:
+        self._try(self._callback.on_eval, record)
+
+    def _try(self, hook: Callable, record) -> None:
+        try:
+            hook(record)
+        except OSError as error:
+            if error.errno not in self.FULL:
+                raise
+            if not self._full:
+                self._say(
+                    f"step {record.step}: {error.strerror}; training goes on, and writes when there is room again"
+                )
+            self._full = True
+        else:
+            self._full = False
 
 
 class MetricsCallback(Callback):
@@ -53,8 +96,15 @@ class MetricsCallback(Callback):
             sink.close(result["status"])
 
     def _log(self, row: dict) -> None:
+        """Every sink gets it, whatever another one meets with."""
+        failure = None
         for sink in self.sinks:
-            sink.log(row)
+            try:
+                sink.log(row)
+            except OSError as error:
+                failure = failure or error
+        if failure:
+            raise failure
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from train.checkpoint_files import Fenced, check_fence, checkpoint_path, checksum_path, defect, of_attempt
+from train.progress import doing
 
 
 def save(folder: Path, step: int, state: dict) -> Path:
@@ -20,21 +21,21 @@ def save(folder: Path, step: int, state: dict) -> Path:
     """
     path = checkpoint_path(folder, step)
     aside, sum_aside = path.with_suffix(".pt.tmp"), path.with_suffix(".sha256.tmp")
+    hashed = _Hashed()
     try:
-        with aside.open("wb") as file:
-            hashed = _Hashed(file)
+        with aside.open("wb") as hashed.file:
             torch.save(state, hashed)
-            _to_disk(file)
+            _to_disk(hashed.file)
         with sum_aside.open("wb") as file:
             file.write(f"{hashed.digest.hexdigest()}  {path.name}\n".encode())
             _to_disk(file)
         sum_aside.replace(checksum_path(path))
         aside.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         check_fence(folder)
         for left in (aside, sum_aside):
             left.unlink(missing_ok=True)
-        raise error
+        raise hashed.failure or error from None
     return path
 
 
@@ -92,12 +93,15 @@ class Writer:
             self._thread = None
 
     def _save(self, step: int, state: dict) -> None:
+        doing("checkpoint")
         try:
             save(self.folder, step, state)
             keep_last(self.folder, self._kept)
-        except (OSError, RuntimeError) as error:  # torch.save wraps some of the file system's
+        except (OSError, RuntimeError) as error:
             self.failures += 1
             self._failure = error
+            if isinstance(error, Fenced):
+                return
             reason = error.strerror if isinstance(error, OSError) else str(error)
             self._say(f"no checkpoint of step {step}: {self.folder}: {reason}; training goes on with the one before")
 
@@ -105,16 +109,23 @@ class Writer:
 class _Hashed:
     """A file that hashes what is written to it. torch.save writes from the beginning to the end."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+    file: IO[bytes]
+
+    def __init__(self) -> None:
         self.digest = hashlib.sha256()
+        self.failure: OSError | None = None
+        """Of the file system; torch makes another, which does not say what it was."""
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
-        return self._file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
 
     def flush(self) -> None:
-        self._file.flush()
+        self.file.flush()
 
 
 def _to_disk(file: IO[bytes]) -> None:

@@ -102,6 +102,9 @@ class Config:
     target_top1: float = key("the run is won at this top-1 accuracy, a fraction")
     eval_every: float = key("epochs between evaluations")
     eval_offset: float = key("epochs before the first evaluation")
+    last_batch: Literal["drop", "pad", "keep"] = key(
+        "images left over at an epoch's end: drop, pad with its first ones, or keep a smaller batch"
+    )
     label_smoothing: float = key("share of the label that is spread over all classes")
     clip_norm: float | None = key("largest norm of the whole gradient; null: no clipping")
     ema_decay: float | None = key("decay a step of the averaged weights that are evaluated; null: no averaging")
@@ -131,7 +134,7 @@ class Config:
     )
     scaling: Literal["strong", "weak"] = key("other mesh sizes keep the global batch (strong) or the chip batch (weak)")
     action: Literal["submit", "status", "logs", "stop", "fetch"] = key("what launch.submit does")
-    job: str | None = key("launch.submit: id of the job for every action but submit")
+    job: str | None = key("launch.submit: id of the job; launch.run: the submitted job that it is")
 
     @classmethod
     def from_dict(cls, config: dict) -> Self:

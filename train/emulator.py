@@ -59,10 +59,11 @@ class Emulator:
         faults: Sequence[Fault] = (),
         seed: int = 0,
         checkpoint_steps: int | None = None,
+        last_batch: str = "drop",
     ):
         if wire_dtype not in WIRE_BYTES:
             raise ValueError(f"wire_dtype={wire_dtype}: use one of {', '.join(WIRE_BYTES)}")
-        self.faults, self.seed, self.checkpoint_steps = faults, seed, checkpoint_steps
+        self.faults, self.seed, self.checkpoint_steps, self.last_batch = faults, seed, checkpoint_steps, last_batch
         slowed(mesh, [fault.slow_link for fault in faults if fault.slow_link])  # links that it has not are told at once
         self.standing = condition([fault for fault in faults if fault.stands])
         self.prices: dict[Condition, StepTime] = {}
@@ -202,8 +203,9 @@ class Emulator:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches alone, as in MLPerf's Ascend entries (39 steps at batch 32,768)."""
-        return max(1, self.num_train // self.global_batch_size)
+        """Whole batches alone, as in MLPerf's Ascend entries (39 steps at batch 32,768), unless the last is kept."""
+        whole, left = divmod(self.num_train, self.global_batch_size)
+        return max(1, whole + (left > 0 and self.last_batch != "drop"))
 
     def run_time(self) -> RunTime:
         return run_time(
@@ -316,6 +318,8 @@ def build(
             strict=True,
         )
     ]
+    if data.get("train_sizes"):
+        notes.append(f"data.train_sizes: every step and evaluation is priced at data.image_size={data['image_size']}")
     workload = workloads.of_model(model, data["image_size"], model.get("num_classes") or sizes[2])
     batch = emulator_recipe.global_batch_size(config, mesh.num_chips, notes)
     return Emulator(
@@ -341,6 +345,7 @@ def build(
         faults=each(make(config["faults"]) if config.get("faults") else None),
         seed=config.get("seed", 0),
         checkpoint_steps=config.get("checkpoint_steps"),
+        last_batch=config.get("last_batch", "drop"),
     )
 
 

@@ -9,13 +9,14 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from train.tensorboard import TensorBoardSink
 
 METRICS_FILE = "metrics.jsonl"
+RETRY_S = 30.0
 
 
 class Sink(Protocol):
@@ -74,17 +75,59 @@ def _row(kind: str, record, values: dict) -> dict:
 
 
 class JsonlSink:
-    """Appends rows to metrics.jsonl, one JSON object a line, each flushed; a value that is not finite is null."""
+    """Appends rows to metrics.jsonl, one JSON object a line, each at once; a value that is not finite is null.
+
+    What a full disk does not take (OSError) is written with the next row, or at the end.
+    """
 
     def __init__(self, run_dir: str | Path) -> None:
-        self._file = open(Path(run_dir) / METRICS_FILE, "a", encoding="utf-8")
+        self._file = open(Path(run_dir) / METRICS_FILE, "ab", buffering=0)
+        self._pending = b""
 
     def log(self, row: dict) -> None:
-        self._file.write(json_line(row))
-        self._file.flush()
+        self._pending += json_line(row).encode()
+        self._write()
+
+    def _write(self) -> None:
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]
 
     def close(self, status: str = "done") -> None:
-        self._file.close()
+        with self._file:
+            self._write()
+
+
+class ViewSink:
+    """A view of metrics.jsonl that a full disk breaks (OSError): it is made anew at the end, or after RETRY_S.
+
+    `make` returns a sink that has all rows of the file.
+    """
+
+    def __init__(self, make: Callable[[], Sink]) -> None:
+        self._make = make
+        self._sink: Sink | None = make()
+        self._broken_at = 0.0
+
+    def log(self, row: dict) -> None:
+        if self._sink is None and time.monotonic() - self._broken_at < RETRY_S:
+            return
+        try:
+            if self._sink is None:
+                self._sink = self._make()  # the row is in the file by now
+            else:
+                self._sink.log(row)
+        except OSError:
+            self._sink, self._broken_at = None, time.monotonic()
+            raise
+
+    def close(self, status: str = "done") -> None:
+        try:
+            if self._sink is not None:
+                self._sink.close(status)
+                return
+        except OSError:
+            self._sink = None
+        self._make().close(status)
 
 
 def json_line(row: dict) -> str:
@@ -145,8 +188,12 @@ def open_sinks(
     rows = truncate(run_dir, resumed_step)
     if started_at_wall is None:
         started_at_wall = time.time() - (rows[-1]["measured_s"] if rows else 0.0)
-    shutil.rmtree(Path(run_dir) / "tb", ignore_errors=True)
-    board = TensorBoardSink(run_dir, started_at_wall, config, claim)
-    for row in rows:
-        board.log(row)
-    return [JsonlSink(run_dir), board]
+
+    def board() -> TensorBoardSink:
+        shutil.rmtree(Path(run_dir) / "tb", ignore_errors=True)
+        made = TensorBoardSink(run_dir, started_at_wall, config, claim)
+        for row in read_rows(run_dir):
+            made.log(row)
+        return made
+
+    return [JsonlSink(run_dir), ViewSink(board)]

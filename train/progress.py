@@ -3,8 +3,10 @@
 Records are the same on all workers, but for this machine's seconds.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
+from threading import get_native_id
 
 from train.sim.step import StepTime
 
@@ -72,6 +74,15 @@ class Progress:
     eval_loss: float | None = None
     reached: bool = False
     evaluated_at: int = -1
+
+
+def doing(what: str) -> None:
+    """Name this thread after what it does: `top -H` and /proc/<pid>/task/<tid>/comm show it. Linux; else nothing.
+
+    At most 15 characters are kept.
+    """
+    with suppress(OSError), open(f"/proc/self/task/{get_native_id()}/comm", "w") as file:
+        file.write(what)
 
 
 class Wish(IntEnum):

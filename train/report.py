@@ -91,6 +91,7 @@ def _report(run_dir: Path, records: list[Record]) -> RunReport:
         "first_step": result.get("first_step") or {},
         "weights_sha256": result.get("weights_sha256"),
         "restarts": result.get("restarts"),
+        "losses": result.get("losses") or [],
         "faults": result.get("faults"),
     }
     return RunReport(run_dir, _markdown(data, result, claim, neighbours, differing), data)
@@ -180,6 +181,8 @@ def _markdown(
             lines += ["", *_wrap(f"Same as the claim: {', '.join(same)}.")]
     if neighbours:
         lines += ["", "## Published neighbours of the claim", "", *_bullets(map(_record, neighbours))]
+    if data["losses"]:
+        lines += ["", "## Workers that were lost", "", *_bullets(map(_loss, data["losses"]))]
     if data["faults"]:
         lines += ["", "## Faults on the emulated machine", ""]
         lines += [line for text in report_faults.lines(data["faults"]) for line in _lines(text)]
@@ -211,6 +214,20 @@ def _outcome(data: dict, result: dict) -> str:
         outcome = f"The target of {target} was NOT reached: {seen} {where}. There is no time to target."
     restarts = f" Restarts: {result['restarts']}." if result.get("restarts") else ""
     return f"Status: {data['status']}. {outcome}{restarts}"
+
+
+def _loss(loss: dict) -> str:
+    """One worker's, and how it was made good."""
+    text = f"worker {loss['worker']} (hosts {loss['hosts'][0]} to {loss['hosts'][1]}), {loss['kind']}"
+    if "training_at" not in loss:
+        return f"{text}: the run did not go on"
+    again = f"{loss['training_at'] - loss['detected_at']:.2f} s after it was noticed"
+    source = {
+        "memory": "nothing was lost or repeated",
+        "checkpoint": f"the last checkpoint's, {loss['steps_repeated']} step(s) repeated",
+        "beginning": "the beginning: there was no checkpoint",
+    }[loss["source"]]
+    return f"{text}: training went on {again}, from step {loss['step']}: {source}"
 
 
 def _table(data: dict) -> list[str]:

@@ -15,8 +15,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,10 +30,10 @@ from train.data.loader import Prefetcher
 from train.data.order import Order, eval_batches
 from train.data.source import Source
 from train.models.chip_norm import ChipPass, chip_moments, evaluation_moments
-from train.models.damage import Damage, frozen_statistics, without
+from train.models.damage import Damage, frozen_statistics, group_of, without
 from train.optim.update import DivergedError, WeightUpdate
 from train.precision import Precision
-from train.progress import EvalRecord, Limits, Progress, StepRecord, Wish, as_record
+from train.progress import EvalRecord, Limits, Progress, StepRecord, Wish, as_record, doing
 from train.sim.clock import EmulatedClock
 from train.sim.timeline import Timeline
 
@@ -126,7 +126,7 @@ class Trainer:
         progress = self.progress
         self._started_at = time.perf_counter() - progress.measured_s
         self._granted = set()
-        with Prefetcher(self.source.train, self._batches(), seed=self.order.seed, depth=2) as loader:
+        with Prefetcher(self.source.train, self._batches(), seed=self.order.seed, device=self.device) as loader:
             while True:
                 due = self._due(self.limits.eval_every, self.limits.eval_offset)
                 if due and progress.evaluated_at != progress.step:
@@ -135,6 +135,7 @@ class Trainer:
                         callback.on_eval(record)
                 ends = self.finished or Wish.STOP in self._granted
                 if (ends or self._save_due()) and progress.step != self._saved_at[0]:
+                    doing("checkpoint")
                     save(progress)
                     self._saved_at = progress.step, time.monotonic()
                 if ends or Wish.PAUSE in self._granted:
@@ -150,6 +151,7 @@ class Trainer:
     def evaluate(self) -> EvalRecord:
         """Top-1 accuracy and loss over the held-out images, each counted once, of the averaged weights if there are."""
         started = time.perf_counter()
+        doing("evaluation")
         self.average_statistics()
         with self.update.averages.in_use() if self.update.averages else nullcontext():
             loss, correct = self._evaluate()
@@ -176,11 +178,11 @@ class Trainer:
 
     def _evaluate(self) -> list[float]:
         """[loss, correct answers], summed over all held-out images by all workers."""
-        dataset, batches = self.source.eval, eval_batches(len(self.source.eval), EVAL_BATCH_SIZE)
+        batches = eval_batches(len(self.source.eval), EVAL_BATCH_SIZE)
         sums = torch.zeros(len(batches), 2, dtype=torch.float64)
         mine = range(self.group.rank, len(batches), self.group.world_size)
         self.model.eval()
-        with torch.inference_mode(), self.precision.autocast(self.device), _loader(dataset, batches, mine) as loader:
+        with torch.inference_mode(), self.precision.autocast(self.device), self._eval_loader(batches, mine) as loader:
             for number, (images, labels) in zip(mine, loader, strict=True):
                 logits = self.model(images.to(self.device)).float()
                 labels = labels.to(self.device)
@@ -190,6 +192,9 @@ class Trainer:
         sums = sums.to(self.device)
         self.group.all_reduce(sums)  # every row has one owner: adding zeros is exact in any order
         return sums.sum(0).tolist()
+
+    def _eval_loader(self, batches: list[np.ndarray], mine: range) -> Prefetcher:
+        return Prefetcher(self.source.eval, ((0, batches[number]) for number in mine), seed=0, device=self.device)
 
     def average_statistics(self) -> None:
         """Set the statistics that evaluation uses: the mean over all chips of their running ones, or chip 0's own."""
@@ -259,7 +264,7 @@ class Trainer:
         self.clock.advance_step()
         now = time.perf_counter()
         progress.measured_s = now - self._started_at
-        images = order.chip_batch_size * self._living(progress.step)
+        images = order.images((progress.step - 1) % order.steps_per_epoch, self.damage.lost(progress.step))
         return StepRecord(
             step=progress.step,
             epoch=progress.step / order.steps_per_epoch,
@@ -281,10 +286,11 @@ class Trainer:
 
     def _mean_gradients(self, loader: Prefetcher) -> tuple[list[Tensor], float, float]:
         """(Gradients of the mean over all chips of each chip's mean loss, that loss, all chips' correct answers)."""
+        doing("backward")
         wishes, step = [float(wish) for wish in self._wishes()], self.progress.step + 1
         stale = frozen_statistics(self.model, self.damage.stale_groups(step))
         with self.precision.autocast(self.device), stale:  # around all passes, so that the weights are cast once
-            for chip_pass in self.passes:
+            for chip_pass in map(self._sized, self.passes):
                 if self.abandoned.is_set():
                     raise PeerLost(f"rank {self.group.rank} of {self.group.world_size}, computing: told of a lost peer")
                 images, labels = (part.to(self.device) for part in next(loader))
@@ -294,14 +300,22 @@ class Trainer:
                     flip.apply(contribution, self._gradients_of(flip.chip, chip_pass, images, labels))
                 contribution.append(torch.cat([torch.stack([loss, correct]), loss.new_tensor(wishes)]))
                 self.gradients.add(chip_pass.first // self.chips_per_block, contribution)
+        doing("all-reduce")
         if self.backup:
             self.backup.exchange(step, self.gathered_statistics())
         *gradients, outcome = self.gradients.total()
+        doing("update")
         loss, correct, *granted = outcome.tolist()
         self._granted = {wish for wish in Wish if granted[wish]}
         living = self._living(step)
         gradients = torch._foreach_div(gradients, living * self.update.loss_scale.value)  # the sum is read only
         return gradients, loss / living, correct
+
+    def _sized(self, chip_pass: ChipPass) -> ChipPass:
+        """With the number of images of each chip where the step at hand is an epoch's last and smaller one."""
+        in_epoch = self.progress.step % self.order.steps_per_epoch
+        sizes = self.order.sizes(in_epoch, chip_pass.first, chip_pass.first + chip_pass.count)
+        return replace(chip_pass, sizes=sizes) if sizes else chip_pass
 
     def _living(self, step: int) -> int:
         """Chips that have a part in a step."""
@@ -315,12 +329,10 @@ class Trainer:
 
     def _gradients_of(self, chip: int, chip_pass: ChipPass, images: Tensor, labels: Tensor) -> list[Tensor]:
         """One chip's own gradients, computed once more beside its pass; its running statistics have seen the images."""
-        span, size = chip_pass.span, len(labels) // chip_pass.count
-        first = chip - chip % span
-        rows = slice((first - chip_pass.first) * size, (first - chip_pass.first + span) * size)
-        others = [one for one in range(span) if first + one != chip]
-        with frozen_statistics(self.model, [(first - self.first_chip) // span]):
-            self._forward_backward(ChipPass(first, span, span), images[rows], labels[rows], others)
+        span, alone, rows = chip_pass.span, *group_of(chip, chip_pass, len(labels))
+        others = [one for one in range(span) if alone.first + one != chip]
+        with frozen_statistics(self.model, [(alone.first - self.first_chip) // span]):
+            self._forward_backward(alone, images[rows], labels[rows], others)
         return self._take_gradients()
 
     def _wishes(self) -> list[bool]:
@@ -383,7 +395,3 @@ def chip_losses(logits: Tensor, labels: Tensor, chip_pass: ChipPass, label_smoot
     losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
     sizes = torch.tensor(chip_pass.sizes, device=losses.device)
     return (losses / sizes.repeat_interleave(sizes)).sum()
-
-
-def _loader(dataset: Any, batches: list[np.ndarray], mine: range) -> Prefetcher:
-    return Prefetcher(dataset, ((0, batches[number]) for number in mine), seed=0, depth=2)

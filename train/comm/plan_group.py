@@ -84,9 +84,11 @@ class PlanGroup(TorchGroup):
         coming = [(peer, part) for peer, part in _messages(turn.receives, elements, width, step)]
         apart = not _overlap([part for _, part in going], [part for _, part in coming])
         direct = apart and not turn.reduce
-        sent = [self._group.send([part], peer, 0) for peer, part in going]
         landed = [part if direct else torch.empty_like(part) for _, part in coming]
+        # Receives first: gloo asks for a message before it is sent, and the asking would wait behind what this rank
+        # sends. On a wire that made an exchange take twice as long.
         came = [self._group.recv([landing], peer, 0) for (peer, _), landing in zip(coming, landed, strict=True)]
+        sent = [self._group.send([part], peer, 0) for peer, part in going]
         if not apart:
             for work in sent:
                 work.wait()

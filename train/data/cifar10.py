@@ -35,7 +35,7 @@ class Cifar10(Source):
         image_size: int = 32,
         augment: bool = True,
         repeat: int = 1,
-        on_error: Literal["raise", "skip"] = "raise",
+        on_error: Literal["stop", "skip"] = "stop",
     ) -> None:
         at_least(1, image_size=image_size, repeat=repeat)
         self.image_size = image_size

@@ -14,8 +14,16 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from train.data.folder import EVAL_NAMES, SAME_PHOTOS, data_root, is_image, list_parts, same_classes
-from train.data.pixels import UnreadableImage, decode
+from train.data.folder import (
+    EVAL_NAMES,
+    SAME_PHOTOS,
+    UnreadableImage,
+    data_root,
+    is_image,
+    list_parts,
+    same_classes,
+)
+from train.data.pixels import decode
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -25,6 +25,27 @@ class ImageFolder:
     def path(self, index: int) -> str:
         return os.path.join(self.root, self.files[index])
 
+    place = path
+
+    def read(self, index: int) -> bytes:
+        path = self.path(index)
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise unreadable(path, error) from error
+
+
+class UnreadableImage(ValueError):
+    """A file that no decoder makes sense of."""
+
+
+def unreadable(where: str, error: Exception) -> UnreadableImage:
+    reason = " ".join(str(error).split())
+    return UnreadableImage(
+        f"unreadable image {where} ({type(error).__name__}: {reason}): repair or remove it, or set data.on_error=skip"
+    )
+
 
 def data_root(root: str | None) -> Path:
     """The data's folder as a path."""

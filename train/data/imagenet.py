@@ -1,49 +1,105 @@
-"""ImageNet, or any photos in its layout: root/train/<class>/*.JPEG and root/val/<class>/*.JPEG.
+"""ImageNet, or any photos in its layout: a folder tree, or the shards that scripts/prepare_imagenet.py makes of it."""
 
-Training: random resized crop and flip; evaluation: shorter side to `resize`, centre crop (He et al. 2015; torchvision's
-references/classification, whose mean and standard deviation these are).
-"""
-
-import os
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 
-from train.data.folder import SAME_PHOTOS, ImageFolder, data_root, fingerprint, list_parts
-from train.data.pixels import (
-    CROP_TRIES,
-    Normaliser,
-    UnreadableImage,
-    center_crop,
-    channels_last,
-    decode,
-    mirrored,
-    random_crop_box,
-    scaled,
-)
+from train.data.cache import PhotoCache, check_room
+from train.data.folder import SAME_PHOTOS, data_root, fingerprint, list_parts
+from train.data.photos import Cutter, Photos, Store
+from train.data.pool import MOST, Processes, Threads
 from train.data.source import Source, at_least
-from train.data.streams import uniform
+from train.data.turbojpeg import find_library
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-FLIP, LEFT, TOP, FIRST_TRY = range(4)  # random streams; each try of the crop takes two more, its area and its ratio
+FEW_CORES = 4  # with fewer for a worker, `auto` starts no loader processes
 
 
-class ImageNetFolder(Source):
-    """Photos decoded anew for every batch, by `workers` threads (auto: one for each core, at most 16).
+class PhotoSource(Source):
+    """What folder and shards have in common: photos decoded anew for every batch.
 
-    `repeat` makes the training set so many times as long; each repetition is augmented on its own. `resize` is the
-    shorter side before the centre crop; null keeps the reference's proportion, image_size * 256 / 224.
+    Training is a random resized crop and flip, evaluation the centre `crop_ratio` of the shorter side. `train_sizes`
+    are [[first epoch, pixels], ...]; null: image_size throughout. `repeat` makes the training set so many times as
+    long; each repetition is augmented on its own. `workers` are loader processes of each worker; 0: as many threads of
+    the worker itself as it has cores; auto: as many processes as the worker has cores (at most 16), with few cores 0.
+    `eval_size`: pixels of evaluation; null: image_size. `cache_gbytes`: memory of each node for decoded photos,
+    which all its workers share; photos beyond it are decoded every time.
+    `decode`: turbo decodes the crop alone by libjpeg-turbo (TurboJPEG 3) and Pillow only what that can't read; pillow
+    decodes and scales everything, as the reference does; auto: turbo where the library is installed.
+    An unreadable image raises ValueError with its path; with on_error="skip" the next readable image takes its place
+    (keeping the random draws of the sample), a warning names it, and `num_skipped` counts it once.
+    """
+
+    def __init__(
+        self,
+        train: Store,
+        evaluation: Store,
+        *,
+        image_size: int,
+        eval_size: int | None,
+        augment: bool,
+        crop_ratio: float,
+        train_sizes: list[list[int]] | None,
+        repeat: int,
+        workers: int | Literal["auto"],
+        decode: Literal["auto", "turbo", "pillow"],
+        on_error: Literal["stop", "skip"],
+        cache_gbytes: float,
+    ) -> None:
+        eval_size = eval_size or image_size
+        at_least(1, image_size=image_size, eval_size=eval_size, repeat=repeat)
+        if not 0 < crop_ratio <= 1:
+            raise ValueError(f"data.crop_ratio={crop_ratio}: must be above 0 and at most 1")
+        sizes = checked_sizes(train_sizes) if train_sizes else ((0, image_size),)
+        library = None if decode == "pillow" else find_library()
+        if decode == "turbo" and library is None:
+            raise ValueError(
+                "data.decode=turbo: no TurboJPEG library of version 3 here: pip install turbojpeg (x86-64), "
+                "install the system's libturbojpeg 3, or set data.decode=pillow"
+            )
+        if workers == "auto":
+            cores = min(torch.get_num_threads(), MOST)
+            workers = cores if cores >= FEW_CORES else 0
+        at_least(0, workers=workers)
+        self.image_size = image_size
+        skip, resize = on_error == "skip", round(eval_size / crop_ratio)
+        cutters = (
+            Cutter(train, sizes, resize, augment, skip, library),
+            Cutter(evaluation, ((0, eval_size),), resize, False, skip, library),
+        )
+        if cache_gbytes:
+            self._add_caches(cutters, cache_gbytes)
+        if evaluation is train:
+            self.notes += (SAME_PHOTOS,)
+        if train_sizes:
+            shown = ", ".join(f"{size} px from epoch {first}" for first, size in sizes)
+            self.notes += (f"training images of {shown}",)
+        pool = Processes(workers, cutters) if workers else Threads(min(torch.get_num_threads(), MOST))
+        self.train, self.eval = Photos(cutters[0], repeat, pool), Photos(cutters[1], 1, pool)
+
+    def _add_caches(self, cutters: tuple[Cutter, Cutter], gbytes: float) -> None:
+        """Shared by training and evaluation in proportion to their photos; by both together where they are the same."""
+        check_room(gbytes)
+        counts = [len(cutter.store.labels) for cutter in cutters]
+        if cutters[0].store is cutters[1].store:
+            cutters[0].cache = cutters[1].cache = PhotoCache.of_node(self.fingerprint, counts[0], int(gbytes * 1e9))
+        else:
+            for cutter, count, part in zip(cutters, counts, ("train", "val"), strict=True):
+                nbytes = int(gbytes * 1e9 * count / sum(counts))
+                cutter.cache = PhotoCache.of_node(f"{self.fingerprint} {part}", count, nbytes)
+        self.notes += (f"decoded photos are kept in memory, up to {gbytes:g} GB for all workers of a node",)
+
+    @property
+    def num_skipped(self) -> int:
+        """Unreadable images met so far by this process."""
+        found = {d.cutter.store.place(i) for d in (self.train, self.eval) for i in d.unreadable}
+        return len(found)
+
+
+class ImageNetFolder(PhotoSource):
+    """root/train/<class>/*.JPEG and root/val/<class>/*.JPEG.
+
     Class folders directly in root: the same photos train and evaluate, and `notes` says so.
-    An unreadable image raises ValueError with its path; with on_error="skip" the next readable image of the folder
-    takes its place (keeping the random draws of the sample), a warning names it, and `num_skipped` counts it once.
     """
 
     name = "imagenet"
@@ -52,100 +108,44 @@ class ImageNetFolder(Source):
         self,
         root: str | None,
         image_size: int = 224,
+        eval_size: int | None = None,
         augment: bool = True,
-        resize: int | None = None,
+        crop_ratio: float = 0.875,
+        train_sizes: list[list[int]] | None = None,
         repeat: int = 1,
         workers: int | Literal["auto"] = "auto",
-        on_error: Literal["raise", "skip"] = "raise",
+        decode: Literal["auto", "turbo", "pillow"] = "auto",
+        on_error: Literal["stop", "skip"] = "stop",
+        cache_gbytes: float = 0.0,
     ) -> None:
-        if resize is None:
-            resize = round(image_size * 256 / 224)
-        if workers == "auto":
-            workers = min(os.cpu_count() or 1, 16)
-        at_least(1, image_size=image_size, repeat=repeat, workers=workers)
-        if resize < image_size:
-            raise ValueError(f"data.resize={resize}: must be at least data.image_size={image_size}, or null")
-        self.image_size = image_size
         self._root = data_root(root)
-        train, evaluation = list_parts(self._root)
-        self.num_classes = len(train.classes)
-        if evaluation is train:
-            self.notes = (SAME_PHOTOS,)
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-        skip = on_error == "skip"
-        self.train = Photos(train, image_size, resize, augment, repeat, skip, pool)
-        self.eval = Photos(evaluation, image_size, resize, False, 1, skip, pool)
+        self._parts = list_parts(self._root)
+        self.num_classes = len(self._parts[0].classes)
+        super().__init__(
+            *self._parts,
+            image_size=image_size,
+            eval_size=eval_size,
+            augment=augment,
+            crop_ratio=crop_ratio,
+            train_sizes=train_sizes,
+            repeat=repeat,
+            workers=workers,
+            decode=decode,
+            on_error=on_error,
+            cache_gbytes=cache_gbytes,
+        )
 
     @cached_property
     def fingerprint(self) -> str:
         """Over relative paths and sizes: asks the size of every file, a few seconds for all of ImageNet."""
-        parts = (self.train.images, self.eval.images)
-        return fingerprint(self._root, parts[:1] if parts[0] is parts[1] else parts)
-
-    @property
-    def num_skipped(self) -> int:
-        """Unreadable images met so far by this process."""
-        return len({dataset.images.path(i) for dataset in (self.train, self.eval) for i in dataset.unreadable})
+        train, evaluation = self._parts
+        return fingerprint(self._root, (train,) if train is evaluation else (train, evaluation))
 
 
-class Photos:
-    """A Dataset over an image folder; sample i of a repeated set is file i % number of files."""
-
-    def __init__(
-        self,
-        images: ImageFolder,
-        image_size: int,
-        resize: int,
-        augment: bool,
-        repeat: int,
-        skip: bool,
-        pool: ThreadPoolExecutor,
-    ) -> None:
-        self.images, self.image_size, self.resize = images, image_size, resize
-        self.augment, self.repeat, self.skip = augment, repeat, skip
-        self.unreadable: set[int] = set()
-        self._pool = pool
-        self._normaliser = Normaliser(MEAN, STD, image_size)
-
-    def __len__(self) -> int:
-        return len(self.images.files) * self.repeat
-
-    def batch(self, indices: np.ndarray, *, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        images = np.empty((len(indices), self.image_size, self.image_size, 3), np.float32)
-        if self.augment:
-            streams = range(FIRST_TRY + 2 * CROP_TRIES)
-            draws = np.stack([uniform(seed, epoch, indices, stream) for stream in streams], axis=1).tolist()
-        else:
-            draws = [None] * len(indices)
-
-        def fill(position: int) -> int:
-            file, photo = self.read(int(indices[position]) % len(self.images.files))
-            self._normaliser.write(np.asarray(self.cut(photo, draws[position])), images[position])
-            return file
-
-        files = list(self._pool.map(fill, range(len(indices))))
-        return channels_last(images), torch.from_numpy(self.images.labels[files])
-
-    def cut(self, photo: "Image", draws: list[float] | None) -> "Image":
-        if draws is None:
-            return center_crop(photo, self.resize, self.image_size)
-        area, ratio = draws[FIRST_TRY::2], draws[FIRST_TRY + 1 :: 2]
-        box = random_crop_box(*photo.size, area, ratio, draws[LEFT], draws[TOP])
-        photo = scaled(photo, box, self.image_size, self.image_size)
-        return mirrored(photo) if draws[FLIP] < 0.5 else photo
-
-    def read(self, file: int) -> tuple[int, "Image"]:
-        """The photo, or with skip the next readable one, and the number of the file it came from."""
-        for offset in range(len(self.images.files)):
-            candidate = (file + offset) % len(self.images.files)
-            if candidate in self.unreadable:
-                continue
-            path = self.images.path(candidate)
-            try:
-                return candidate, decode(path, path)
-            except UnreadableImage as error:
-                if not self.skip:
-                    raise
-                self.unreadable.add(candidate)
-                warnings.warn(f"data.on_error=skip: the next image takes the place of {error}", stacklevel=2)
-        raise ValueError(f"data.root: none of the {len(self.images.files)} images below {self.images.root} can be read")
+def checked_sizes(train_sizes: list[list[int]]) -> tuple[tuple[int, int], ...]:
+    epochs = [pair[0] for pair in train_sizes if len(pair) == 2 and pair[1] >= 1]
+    if len(epochs) < len(train_sizes) or epochs != sorted(set(epochs)) or epochs[0] != 0:
+        raise ValueError(
+            f"data.train_sizes={train_sizes}: must be [[first epoch, pixels], ...] from epoch 0 on, epochs rising"
+        )
+    return tuple((first, size) for first, size in train_sizes)

@@ -4,12 +4,16 @@ Source: torchvision.transforms (Resize, CenterCrop, RandomResizedCrop, Normalize
 Convolutions", 2015, section 6, for the random crop. Decoding is exact: libjpeg's reduced-size mode is not used.
 """
 
+import io
 import math
 import os
+from collections.abc import Callable
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import torch
+
+from train.data.folder import unreadable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,14 +25,11 @@ CROP_RATIO = (3 / 4, 4 / 3)
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
-class UnreadableImage(ValueError):
-    """A file that no decoder makes sense of."""
-
-
-def decode(file: str | os.PathLike | IO[bytes], where: str) -> "Image":
+def decode(file: str | os.PathLike | IO[bytes] | bytes, where: str | Callable[[], str]) -> "Image":
     """The whole photo in RGB; EXIF rotation is ignored, as in the reference. `where` names the file in the error."""
     from PIL import Image
 
+    file = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
         with Image.open(file) as image:
             image.load()
@@ -36,11 +37,7 @@ def decode(file: str | os.PathLike | IO[bytes], where: str) -> "Image":
     except MemoryError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others on broken files
-        reason = " ".join(str(error).split())
-        raise UnreadableImage(
-            f"unreadable image {where} ({type(error).__name__}: {reason}): "
-            "repair or remove it, or set data.on_error=skip"
-        ) from error
+        raise unreadable(where if isinstance(where, str) else where(), error) from error
 
 
 def scaled(image: "Image", box: Box | None, width: int, height: int) -> "Image":

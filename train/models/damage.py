@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from train.models.chip_norm import ChipPass, chip_moments
-from train.sim.timeline import SOUND, Timeline
+from train.sim.timeline import SOUND, Event, Timeline
 
 BITS = 32
 
@@ -50,7 +50,7 @@ class Damage:
         """`passes`: of the worker's chips."""
         self._timeline, self._span = timeline, passes[0].span
         self._worker = range(passes[0].first, _chips(passes[-1]).stop)
-        self._shapes = [tuple(p.shape) for p in model.parameters()]
+        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
 
     def lost(self, step: int) -> frozenset[int]:
         """The chips that are gone in a step (from 1; 0: before the first)."""
@@ -73,26 +73,53 @@ class Damage:
         """The bits that are inverted in the gradients of a pass."""
         for event in self._timeline.strikes(step) if self._timeline else ():
             if event.fault.flips and event.chips.start in _chips(chip_pass):
-                yield self._flip(event.chips.start, *event.draws, event.fault.bit)
+                yield self._flip(event)
 
-    def _flip(self, chip: int, where: float, which: float, bit: int | None) -> Flip:
+    def words(self, event: Event) -> str:
+        """What an event does, for a report."""
+        if not event.fault.flips:
+            return event.fault.words()
+        flip = self._flip(event)
+        name, index = list(self._shapes)[flip.parameter], ", ".join(map(str, flip.index))
+        return f"bit {flip.bit} of its gradient of {name}[{index}] is inverted before the sum"
+
+    def _flip(self, event: Event) -> Flip:
         """Every element is as likely as any other."""
-        sizes = [int(np.prod(shape)) for shape in self._shapes]
+        (where, which), bit, shapes = event.draws, event.fault.bit, list(self._shapes.values())
+        sizes = [int(np.prod(shape)) for shape in shapes]
         element, parameter = int(where * sum(sizes)), 0
         while element >= sizes[parameter]:
             element, parameter = element - sizes[parameter], parameter + 1
-        index = tuple(map(int, np.unravel_index(element, self._shapes[parameter])))
-        return Flip(chip, parameter, index, int(which * BITS) if bit is None else bit)
+        index = tuple(map(int, np.unravel_index(element, shapes[parameter])))
+        return Flip(event.chips.start, parameter, index, int(which * BITS) if bit is None else bit)
 
 
 def without(
     lost: Sequence[int], logits: Tensor, labels: Tensor, chip_pass: ChipPass
 ) -> tuple[Tensor, Tensor, ChipPass]:
-    """A pass of equal chips without its chips number `lost`: their images have no part in loss and gradients."""
+    """A pass without its chips number `lost`: their images have no part in loss and gradients."""
+    sizes = _sizes(chip_pass, len(labels))
     living = torch.ones(chip_pass.count, dtype=torch.bool)
     living[list(lost)] = False
-    rows = living.repeat_interleave(len(labels) // chip_pass.count).to(labels.device)
-    return logits[rows], labels[rows], replace(chip_pass, count=chip_pass.count - len(lost))
+    rows = living.repeat_interleave(torch.tensor(sizes)).to(labels.device)
+    left = tuple(size for size, lives in zip(sizes, living.tolist(), strict=True) if lives)
+    rest = replace(chip_pass, count=len(left), sizes=chip_pass.sizes and left)
+    return logits[rows], labels[rows], rest
+
+
+def group_of(chip: int, chip_pass: ChipPass, num_images: int) -> tuple[ChipPass, slice]:
+    """The chips of the pass that share their batch-norm statistics with `chip`, as a pass, and their images in it."""
+    first = chip - chip % chip_pass.span
+    position, sizes = first - chip_pass.first, _sizes(chip_pass, num_images)
+    own = sizes[position : position + chip_pass.span]
+    begin = sum(sizes[:position])
+    alone = ChipPass(first, chip_pass.span, chip_pass.span, chip_pass.sizes and own)
+    return alone, slice(begin, begin + sum(own))
+
+
+def _sizes(chip_pass: ChipPass, num_images: int) -> tuple[int, ...]:
+    """Images of each chip of a pass."""
+    return chip_pass.sizes or (num_images // chip_pass.count,) * chip_pass.count
 
 
 @contextmanager

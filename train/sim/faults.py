@@ -47,13 +47,12 @@ class Fault:
     """Flips a bit of a chip's gradient."""
     freezes: ClassVar[bool] = False
     """A chip's running statistics stand still."""
-    scope: ClassVar[Literal["chip", "host", "link"]] = "chip"
 
     def __post_init__(self) -> None:
         names = ("at_steps", "at_epochs", "at_s", "per_step", "per_chip_hour")
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"faults: {self.name} has {' and '.join(given)}; give one of them")
+            raise ValueError(f"faults: {self.name} has {' and '.join(given)}; give one of them, the others null")
         for name, least in (("at_steps", 1), ("at_epochs", 0), ("at_s", 0)):
             for value in _list(getattr(self, name)):
                 if not least <= value < math.inf:
@@ -175,7 +174,6 @@ class SlowLink(Fault):
     for_steps: int | None = None
 
     name: ClassVar[str] = "slow link"
-    scope: ClassVar[Literal["chip", "host", "link"]] = "link"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -273,7 +271,6 @@ class LostHost(Loss):
     host: int | None = None
 
     name: ClassVar[str] = "lost host"
-    scope: ClassVar[Literal["chip", "host", "link"]] = "host"
 
     def strikes(self, where: float, chips: int, chips_per_host: int) -> range:
         hosts = math.ceil(chips / chips_per_host)

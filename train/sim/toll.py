@@ -48,10 +48,6 @@ class Toll:
                 sums[name] += count * seconds
         return StepTime(**sums | {"recovery_s": self.recovery_s(steps)})
 
-    def chip_steps(self, steps: int) -> int:
-        """Of the first `steps` steps, counted once for each chip that has a part in them."""
-        return sum(count * (self.timeline.pace.chips - state.lost) for count, state in self._counted(steps))
-
     def values(self, steps: int) -> dict[str, float]:
         """Tag -> number after so many steps, for a run's rows; empty without faults."""
         if not self.timeline.faults:
@@ -64,7 +60,7 @@ class Toll:
             "emulated/faults_s": self.cost_s(steps),
         }
 
-    def report(self, steps: int) -> dict:
+    def report(self, steps: int, words: Callable[[Event], str] = lambda event: event.fault.words()) -> dict:
         """What happened in the first `steps` steps and what it cost, as plain data; all seconds are emulated."""
         events = [event for event in self.timeline.events if event.step <= steps]
         recovery_s, cost_s = self.recovery_s(steps), self.cost_s(steps)
@@ -75,7 +71,7 @@ class Toll:
             "slower_steps_s": cost_s - recovery_s,
             "num_events": len(events),
             "lost_chips": len(self.timeline.at(steps).lost),
-            "events": [self._told(event) for event in events[:MOST_EVENTS]],
+            "events": [self._told(event) | {"what": words(event)} for event in events[:MOST_EVENTS]],
         }
 
     def _told(self, event: Event) -> dict:
@@ -87,7 +83,6 @@ class Toll:
             "epoch": (event.step - 1) / pace.steps_per_epoch,
             "until_step": event.until,
             "chips": [event.chips.start, event.chips.stop - 1] if event.chips else None,
-            "what": fault.words(),
             "repeated_steps": event.step - saved,
             "recovery_s": self._event_s(event),
         }

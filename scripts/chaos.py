@@ -1,0 +1,373 @@
+"""Chaos: a short training in exact numerics while its processes are killed and stopped from outside.
+
+    python scripts/chaos.py [overrides] [--kills N] [--seed S] [--json] [--keep]
+
+Ray nodes on loopback (a head, and two that carry two workers each) and the real command, `python -m launch.run`. At
+seeded moments a worker, a node's raylet or the command itself gets kill -9 or SIGSTOP. A stopped worker stays stopped,
+a stopped raylet or command goes on after some seconds; a killed command or node is started again here. Moments are seen
+from outside: a worker names its thread after what it does. Runs follow each other until all kills are given.
+Exit status: 0 where every run's weights equal the undisturbed run's to the bit, 1 where not or a run failed.
+"""
+
+import argparse
+import json
+import os
+import random
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from itertools import cycle, islice
+from pathlib import Path
+
+from launch.cluster import LOOPBACK_VARIABLE
+from launch.compose import compose
+from launch.events import EVENTS_FILE
+from launch.run_folder import read_json
+from train import emulator
+from train.config import ConfigError
+from train.metrics import read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+NODES, WORKERS = 2, 4
+STEPS = 60
+SMALL = "model=resnet_cifar20 data.image_size=16 chip_batch_size=2 mesh=atlas900_64 precision=fp32".split()
+KINDS = [f"{victim} {how}" for how in ("killed", "stopped") for victim in ("worker", "raylet", "driver")]
+MOMENTS = ("backward", "all-reduce", "checkpoint", "evaluation")
+KEYS_OF_CHAOS = ("workers", "run", "run_root", "resume", "cluster.address")
+STOPPED_S, HANG_TIMEOUT_S = 5.0, 3.0
+SETTLED_STEPS = 3
+"""Steps that all workers have made together before the next kill."""
+MOMENT_PATIENCE_S, PATIENCE_S = 120.0, 240.0
+POLL_S = 0.02
+
+
+class Broken(RuntimeError):
+    """The run did not survive; the message is one line."""
+
+
+@dataclass
+class Strike:
+    """One kill, and what came of it. Seconds are counted from the kill; None: it cost the training nothing."""
+
+    kind: str
+    moment: str
+    step: int = 0
+    detected_s: float | None = None
+    training_again_s: float | None = None
+    steps_repeated: int = 0
+    source: str = ""
+
+
+def plan(kills: int, seed: int) -> list[Strike]:
+    """As many of each kind as can be, each kind at all moments in turn; the order is drawn."""
+    draw = random.Random(seed)
+    kinds = list(islice(cycle(KINDS), kills))
+    moments = {kind: cycle(draw.sample(MOMENTS, len(MOMENTS))) for kind in KINDS}
+    draw.shuffle(kinds)
+    return [Strike(kind, next(moments[kind])) for kind in kinds]
+
+
+class Nodes:
+    """Ray nodes of this machine, on loopback, which ask for a token."""
+
+    def __init__(self, folder: Path, chips: int) -> None:
+        os.environ |= {LOOPBACK_VARIABLE: "0", "RAY_TMPDIR": str(folder)}
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        from ray.cluster_utils import Cluster
+
+        self._node = {"num_cpus": WORKERS // NODES, "resources": {"ascend910": chips // NODES}}
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self._nodes = [self._cluster.add_node(wait=False, **self._node) for _ in range(NODES)]
+        self._cluster.wait_for_nodes()
+        self.address = self._cluster.address
+
+    def raylet(self, number: int) -> int:
+        return self._nodes[number].all_processes["raylet"][0].process.pid
+
+    def number(self, node_id: str) -> int:
+        return next(number for number, node in enumerate(self._nodes) if node.node_id == node_id)
+
+    def start_again(self, number: int) -> None:
+        """In place of a node whose raylet is dead."""
+        self._cluster.remove_node(self._nodes[number], allow_graceful=False)
+        self._nodes[number] = self._cluster.add_node(wait=False, **self._node)
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+
+class Run:
+    """One training as the command, started again whenever it is killed."""
+
+    def __init__(self, words: list[str], root: Path, name: str, nodes: Nodes) -> None:
+        self.folder = root / name
+        self._nodes, self._log = nodes, root / f"{name}.txt"
+        joins = [f"cluster.address={nodes.address}", f"workers={WORKERS}", f"hang_timeout_s={HANG_TIMEOUT_S}"]
+        self._words = [*words, *joins, f"run={name}", "resume=auto", f"run_root={root}", "max_restarts=1000"]
+        self.process = self.start()
+
+    def start(self) -> subprocess.Popen:
+        self.process = launch(self._words, self._log)
+        return self.process
+
+    @property
+    def step(self) -> int:
+        return max((row["step"] for row in read_rows(self.folder) if row["kind"] == "step"), default=0)
+
+    def events(self, name: str, since: float = 0.0) -> list[dict]:
+        path = self.folder / EVENTS_FILE
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        events = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [event for event in events if event["event"] == name and event["time"] >= since]
+
+    def placement(self, since: float) -> list[dict]:
+        """Where the workers are, by what was written last: at the start, or at a change of workers."""
+        return [*self.events("attempt", since), *self.events("regrouped", since)][-1]["placement"]
+
+    def until(self, what: str, condition, patience_s: float = PATIENCE_S) -> bool:
+        """Whether it came true before the run ended; Broken where neither happens in time."""
+        deadline = time.monotonic() + patience_s
+        while not condition():
+            if self.process.poll() is not None:
+                return False
+            if time.monotonic() > deadline:
+                raise Broken(f"{self.folder.name}: {what} did not happen within {patience_s:.0f} s")
+            time.sleep(POLL_S)
+        return True
+
+    def check_end(self, expected: str) -> bool:
+        """Once it has ended: whether its weights are the undisturbed run's. Broken where it failed."""
+        result = read_json(self.folder / "result.json")
+        if self.process.wait() != 0 or result.get("status") != "done":
+            lines = self._log.read_text(errors="replace").splitlines()
+            said = [line for line in lines if line.startswith("launch.run")]
+            raise Broken(f"{self.folder.name}: {said[-1] if said else self._log}")
+        return result["weights_sha256"] == expected
+
+
+def launch(words: list[str], log: Path) -> subprocess.Popen:
+    with log.open("a") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "launch.run", *words],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
+
+class Chaos:
+    """Gives the strikes of a plan to one run after the other."""
+
+    def __init__(self, nodes: Nodes, seed: int, say) -> None:
+        self._nodes, self._say, self._draw = nodes, say, random.Random(seed)
+        self._started_at, self._settled = 0.0, 0
+
+    def disturb(self, run: Run, strikes: list[Strike]) -> list[Strike]:
+        """Give strikes until the run ends; returns those that were given."""
+        given: list[Strike] = []
+        self._started_at, self._settled = time.time(), 1
+        while len(given) < len(strikes):
+            if not run.until("training by all workers", lambda: self._whole(run) and run.step >= self._settled):
+                break
+            strike = strikes[len(given)]
+            if not self._strike(run, strike):
+                break
+            given.append(strike)
+            self._settled = run.step + SETTLED_STEPS
+            self._say(strike)
+        run.until("the end of the run", lambda: run.process.poll() is not None, 10 * PATIENCE_S)
+        return given
+
+    def _whole(self, run: Run) -> bool:
+        """All workers train, in the present attempt."""
+        attempts = run.events("attempt", self._started_at)
+        if not attempts or run.step <= attempts[-1]["step"]:
+            return False
+        losses = run.events("worker_lost", self._started_at)
+        changes = run.events("training", losses[-1]["time"]) if losses else []
+        return not losses or bool(changes) and len(changes[-1]["members"]) == WORKERS
+
+    def _strike(self, run: Run, strike: Strike) -> bool:
+        """False where the run ended before it could be given."""
+        placement = run.placement(self._started_at)
+        # rank 0 alone writes checkpoints
+        seen = placement[0] if strike.moment == "checkpoint" else self._draw.choice(placement)
+        deadline = time.monotonic() + MOMENT_PATIENCE_S
+        while strike.moment not in threads(seen["pid"]):
+            if run.process.poll() is not None:
+                return False
+            if time.monotonic() > deadline:
+                raise Broken(f"{run.folder.name}: worker {seen['worker']} was not seen in {strike.moment}")
+        victim, how = strike.kind.split()
+        number = self._nodes.number(seen["node"])
+        pids = {"worker": seen["pid"], "raylet": self._nodes.raylet(number), "driver": run.process.pid}
+        struck_at = time.time()
+        os.kill(pids[victim], signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        strike.step = run.step
+        if victim == "driver" and how == "killed":
+            self._restart(run, strike, struck_at)
+        elif how == "stopped" and victim != "worker":
+            time.sleep(STOPPED_S)
+            os.kill(pids[victim], signal.SIGCONT)
+            run.until("a step after the stop", lambda: run.step > strike.step)
+        else:
+            if not run.until("its detection", lambda: run.events("worker_lost", struck_at)):
+                return True
+            if victim == "raylet":
+                self._nodes.start_again(number)
+            lost = run.events("worker_lost", struck_at)[0]
+            run.until("training after the loss", lambda: run.events("training", lost["time"]))
+            again = run.events("training", lost["time"])
+            strike.detected_s = lost["time"] - struck_at
+            if again:
+                strike.training_again_s = again[0]["training_at"] - struck_at
+                strike.steps_repeated, strike.source = again[0]["steps_repeated"], again[0]["source"]
+        return True
+
+    def _restart(self, run: Run, strike: Strike, struck_at: float) -> None:
+        run.process.wait()
+        self._started_at = time.time()
+        run.start()
+        if run.until("the command's first step again", lambda: self._whole(run)):
+            strike.training_again_s = time.time() - struck_at
+        (attempt,) = run.events("attempt", self._started_at)
+        strike.steps_repeated, strike.source = strike.step - attempt["step"], "checkpoint"
+
+
+def threads(pid: int) -> set[str]:
+    """What a process's threads are called; none where it is gone."""
+    names = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/comm"):
+        try:
+            names.add(path.read_text().strip())
+        except OSError:
+            continue
+    return names
+
+
+def words_of(overrides: list[str]) -> list[str]:
+    """The run's overrides: a small model, checkpoints and evaluations often, no early end; those given win."""
+    given = [word.lstrip("+~").partition("=")[0] for word in overrides]
+    for key in KEYS_OF_CHAOS:
+        if key in given:
+            raise ConfigError(key, "chaos has its own; leave it out")
+    ours = {"max_steps": STEPS, "target_top1": 1, "epochs": 1000, "checkpoint_steps": 5, "device": "cpu"}
+    words = [word for word in SMALL if word.partition("=")[0] not in given]
+    words += [f"{key}={value}" for key, value in ours.items() if key not in given] + overrides
+    config = compose(words)
+    if config["numerics"] != "exact":
+        raise ConfigError("numerics", f"{config['numerics']}: only numerics=exact promises the same bits")
+    if "eval_every" not in given:
+        words.append(f"eval_every={5 / emulator.build(config).steps_per_epoch}")
+    return words
+
+
+def summary(strikes: list[Strike], equal: list[bool]) -> dict:
+    """The object that --json prints."""
+    kinds = [kind for kind in KINDS if any(strike.kind == kind for strike in strikes)]
+
+    def largest(name: str, kind: str | None = None) -> float | None:
+        values = [getattr(strike, name) for strike in strikes if kind in (None, strike.kind)]
+        return max((value for value in values if value is not None), default=None)
+
+    return {
+        "kills": {kind: dict(Counter(strike.moment for strike in strikes if strike.kind == kind)) for kind in kinds},
+        "hash_equal": bool(equal) and all(equal),
+        "runs": len(equal),
+        "max_detect_s": largest("detected_s"),
+        "max_recover_s": largest("training_again_s"),
+        "steps_repeated": sum(strike.steps_repeated for strike in strikes),
+        "by_kind": {
+            kind: {
+                "max_detect_s": largest("detected_s", kind),
+                "max_recover_s": largest("training_again_s", kind),
+                "steps_repeated": sum(strike.steps_repeated for strike in strikes if strike.kind == kind),
+            }
+            for kind in kinds
+        },
+        "strikes": [asdict(strike) for strike in strikes],
+    }
+
+
+def line(strike: Strike) -> str:
+    def seconds(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f} s"
+
+    return (
+        f"{strike.kind:14} in {strike.moment:10} at step {strike.step:3}: detected {seconds(strike.detected_s):>7}, "
+        f"training again {seconds(strike.training_again_s):>7}, {strike.steps_repeated} step(s) repeated"
+    )
+
+
+def _main(wanted: argparse.Namespace) -> int:
+    words = words_of(wanted.overrides)
+    chips = emulator.build(compose(words)).mesh.num_chips
+    strikes, given, equal = plan(wanted.kills, wanted.seed), [], []
+    root = Path(tempfile.mkdtemp(prefix="chaos"))
+    nodes = None
+    try:
+        alone = launch([*words, "workers=1", "run=undisturbed", f"run_root={root}"], root / "undisturbed.txt")
+        if alone.wait() != 0:
+            raise Broken(f"the undisturbed run failed: {(root / 'undisturbed.txt').read_text().splitlines()[-1]}")
+        expected = read_json(root / "undisturbed/result.json")["weights_sha256"]
+        print(f"undisturbed: {expected[:16]}", file=sys.stderr, flush=True)
+        nodes = Nodes(root / "ray", chips)
+
+        def say(strike: Strike) -> None:
+            done = len(given) + sum(1 for one in strikes[len(given) :] if one.step)
+            print(f"{done}/{len(strikes)} {line(strike)}", file=sys.stderr, flush=True)
+
+        chaos = Chaos(nodes, wanted.seed, say)
+        while len(given) < len(strikes):
+            run = Run(words, root, f"disturbed-{len(equal)}", nodes)
+            try:
+                given += chaos.disturb(run, strikes[len(given) :])
+                equal.append(run.check_end(expected))
+            finally:
+                if run.process.poll() is None:
+                    run.process.kill()
+                    run.process.wait()
+            print(f"{run.folder.name}: {'equal' if equal[-1] else 'DIFFERENT'}", file=sys.stderr, flush=True)
+    finally:
+        if nodes is not None:
+            nodes.close()
+        if wanted.keep:
+            print(f"kept: {root}", file=sys.stderr)
+        else:
+            shutil.rmtree(root, ignore_errors=True)
+    made = summary(given, equal)
+    print(json.dumps(made) if wanted.json else "\n".join([*map(line, given), f"hash equal: {made['hash_equal']}"]))
+    return 0 if made["hash_equal"] else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the run, as for launch.run")
+    parser.add_argument("--kills", type=int, default=6, help="how many, in all (default 6: one of each kind)")
+    parser.add_argument("--seed", type=int, default=0, help="of kinds, moments and victims")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser.add_argument("--keep", action="store_true", help="keep the run folders, and say where they are")
+    wanted = parser.parse_intermixed_args(argv)
+    if wanted.kills < 1:
+        print(f"chaos: --kills {wanted.kills}: must be at least 1", file=sys.stderr)
+        return 2
+    try:
+        return _main(wanted)
+    except Broken as error:
+        print(f"chaos: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"chaos: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
