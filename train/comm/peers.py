@@ -41,7 +41,8 @@ class Peers:
         timeout_s: float,
         within: "Peers | None" = None,
     ) -> None:
-        """Returns once all ranks have connected; PeerLost when one is missing after `timeout_s`, or dies meanwhile.
+        """Returns once all ranks have connected; PeerLost when one is missing after `timeout_s` or the store's own
+        timeout, or dies meanwhile.
 
         `store`: a c10d store, new or under a new prefix for every group; one rank alone needs none.
         `within`: those of the group that this one is a part of; who is lost there is lost here.
@@ -179,7 +180,8 @@ class Peers:
 
     def _connect(self, store: Any) -> None:
         """Every rank connects to the lower ones, which know it by the token that only the store's users can read."""
-        deadline = time.monotonic() + self.timeout_s
+        patience_s = min(self.timeout_s, store.timeout.total_seconds())
+        deadline = time.monotonic() + patience_s
         family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
         token = secrets.token_hex(16)
         hosts = {}
@@ -198,7 +200,7 @@ class Peers:
                             self._call(peer, hosts[peer])
                 if len(self._sockets) < self.world_size - 1:
                     self._answer(listener, token)
-                self._check_arrivals(deadline, set(range(self.world_size)) - set(hosts))
+                self._check_arrivals(deadline, patience_s, set(range(self.world_size)) - set(hosts))
         self.nodes = [hosts[peer]["node"] for peer in range(self.world_size)]
 
     def _call(self, peer: int, host: dict) -> None:
@@ -230,7 +232,7 @@ class Peers:
                 made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         self._sockets[peer] = made
 
-    def _check_arrivals(self, deadline: float, missing: set[int]) -> None:
+    def _check_arrivals(self, deadline: float, patience_s: float, missing: set[int]) -> None:
         for peer, peer_socket in self._sockets.items():
             ready, _, _ = select.select([peer_socket], [], [], 0)
             if ready:
@@ -238,7 +240,7 @@ class Peers:
         if time.monotonic() > deadline:
             missing = missing or set(range(self.world_size)) - set(self._sockets) - {self.rank}
             raise PeerLost(
-                f"{self._here('connect')}: peer rank {min(missing)} has not come within {self.timeout_s:g} s",
+                f"{self._here('connect')}: peer rank {min(missing)} has not come within {patience_s:g} s",
                 min(missing),
             )
 
