@@ -39,7 +39,7 @@ AIMS = {
 SMALL_UP_TO, LARGE_FROM = 4096, 100e6
 
 
-def candidates(rank: int, workers: int, store: Any, nbytes: int, piece_kib: int) -> dict[str, Callable[[], Any]]:
+def candidates(rank: int, workers: int, store: Any, nbytes: int, piece_kib: int | None) -> dict[str, Callable[[], Any]]:
     """One all-reduce by each."""
     import torch
     from torch.distributed import PrefixStore
@@ -70,7 +70,9 @@ def candidates(rank: int, workers: int, store: Any, nbytes: int, piece_kib: int)
     }
 
 
-def work(rank: int, workers: int, port: int, sizes: list[int], repetitions: int, piece_kib: int, results: Any) -> None:
+def work(
+    rank: int, workers: int, port: int, sizes: list[int], repetitions: int, piece_kib: int | None, results: Any
+) -> None:
     import torch
     from torch.distributed import TCPStore
 
@@ -97,7 +99,7 @@ def work(rank: int, workers: int, port: int, sizes: list[int], repetitions: int,
     pace.barrier()
 
 
-def measure(workers: int, sizes: list[int], repetitions: int, piece_kib: int) -> list[dict]:
+def measure(workers: int, sizes: list[int], repetitions: int, piece_kib: int | None) -> list[dict]:
     from torch.distributed import TCPStore
 
     context = multiprocessing.get_context("spawn")
@@ -185,7 +187,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--bytes", type=int, nargs="+", default=[RESNET50_BYTES, 4096])
     parser.add_argument("--repetitions", type=int, default=11)
-    parser.add_argument("--piece-kib", type=int, default=1024, help="backend.piece_kib of shm")
+    parser.add_argument("--piece-kib", type=int, help="backend.piece_kib of shm")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     given = parser.parse_args()
     if min(given.workers) < 2 or min(given.bytes) < 4 or any(size % 4 for size in given.bytes):
