@@ -7,9 +7,11 @@ job has a note of its own, so that a requeued one never joins the head of the at
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from launch.nodes import own_address
@@ -28,38 +30,41 @@ def note(folder: Path, environment: dict[str, str]) -> Path:
     return folder / f"head-{environment['SLURM_JOB_ID']}-{environment.get('SLURM_RESTART_COUNT', '0')}.txt"
 
 
-def command(address: str, resources: str, head: str | None, environment: dict[str, str]) -> list[str]:
-    """`ray start` on a node that has `address`; `head`: host:port of the one to join, None on the node that is it."""
+def free_port(address: str, job: int) -> int:
+    """A port for the head: the first free one from the job's own on. ValueError where none is."""
+    for number in range(NUM_PORTS):
+        port = FIRST_PORT + (job + number) % NUM_PORTS
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((address, port))
+            return port
+    raise ValueError(f"no port from {FIRST_PORT} to {FIRST_PORT + NUM_PORTS - 1} is free on {address}")
+
+
+def command(address: str, resources: str, cpus: str, *role: str) -> list[str]:
+    """`ray start` on a node that has `address`; role: --head with its port, or the --address of the head to join."""
     start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
-    start += [f"--node-ip-address={address}", f"--num-cpus={environment['SLURM_CPUS_ON_NODE']}"]
+    start += [f"--node-ip-address={address}", f"--num-cpus={cpus}"]
     # ports of the system's choice: another job may run on the same machine
-    start += ["--min-worker-port=0", "--max-worker-port=0", f"--resources={resources}"]
-    if head is not None:
-        return [*start, f"--address={head}"]
-    port = FIRST_PORT + int(environment["SLURM_JOB_ID"]) % NUM_PORTS
-    return [*start, "--head", f"--port={port}", "--include-dashboard=false"]
+    return [*start, "--min-worker-port=0", "--max-worker-port=0", f"--resources={resources}", *role]
 
 
 def main() -> None:
     folder, interface, resources = Path(sys.argv[1]), sys.argv[2] or None, sys.argv[3]
-    address, where = own_address(interface), note(Path(folder), dict(os.environ))
-    head = None
+    address, where = own_address(interface), note(folder, dict(os.environ))
     if os.environ["SLURM_NODEID"] == "0":
-        start = command(address, resources, None, dict(os.environ))
-        port = next(word for word in start if word.startswith("--port=")).partition("=")[2]
+        port = free_port(address, int(os.environ["SLURM_JOB_ID"]))
         write_aside(where, f"{address}:{port}\n")
+        client = free_port(address, port + 1 - FIRST_PORT)  # Ray's own choice is one port for all heads of a machine
+        role = ["--head", f"--port={port}", f"--ray-client-server-port={client}", "--include-dashboard=false"]
     else:
         deadline = time.monotonic() + HEAD_TIMEOUT_S
         while not where.exists():
             if time.monotonic() > deadline:
                 sys.exit(f"slurm_node: no head within {HEAD_TIMEOUT_S:.0f} s: {where} is missing; do nodes share it?")
             time.sleep(POLL_S)
-        head = where.read_text().strip()
-        start = command(address, resources, head, dict(os.environ))
-    print(
-        f"node     {os.environ['SLURMD_NODENAME']} at {address}: {'head' if head is None else f'joins {head}'}",
-        flush=True,
-    )
+        role = [f"--address={where.read_text().strip()}"]
+    start = command(address, resources, os.environ["SLURM_CPUS_ON_NODE"], *role)
+    print(f"node     {os.environ['SLURMD_NODENAME']} at {address}: {' '.join(role)}", flush=True)
     status = keep(start)
     shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
     sys.exit(status)
@@ -69,11 +74,20 @@ def keep(start: list[str]) -> int:
     """Runs Ray until it ends or SIGTERM comes. Ray gives its own start 30 s, too little on a busy machine: what ends
     within START_S is tried again."""
     asked: list[int] = []
+    running: list[subprocess.Popen] = []
+
+    def end(number: int, _: object) -> None:
+        asked.append(number)
+        for ray in running:
+            ray.terminate()
+
+    signal.signal(signal.SIGTERM, end)
     for _ in range(ATTEMPTS):
         begun = time.monotonic()
-        ray = subprocess.Popen(start, stdin=subprocess.DEVNULL)
-        signal.signal(signal.SIGTERM, lambda number, _, ray=ray: (asked.append(number), ray.terminate()))
-        status = ray.wait()
+        running[:] = [subprocess.Popen(start, stdin=subprocess.DEVNULL)]
+        if asked:  # while it was being started
+            running[0].terminate()
+        status = running[0].wait()
         if asked or status == 0 or time.monotonic() - begun > START_S:
             break
     return status

@@ -71,7 +71,7 @@ def life(client: Client, overrides: list[str]) -> None:
     client.call("logs", "action=logs", "job=long", expected=1)
     client.call("fetch", "action=fetch", "job=long", f"launch.fetch_to={client.run_root / 'fetched'}")
     saved = json.loads((client.run_root / "fetched" / "long" / "result.json").read_text())
-    if saved["status"] != "interrupted" or not list((client.run_root / "fetched/long/checkpoints").glob("*.pt")):
+    if saved["status"] != "interrupted" or not list((client.run_root / "fetched/long/checkpoints").rglob("*.pt")):
         raise SystemExit(f"the stopped run did not save: {saved['status']}")
 
 

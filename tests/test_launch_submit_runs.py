@@ -145,7 +145,7 @@ def test_a_run_as_a_job_of_a_ray_head(head: str, tmp_path: Path) -> None:
     assert follower.returncode == 1 and "Status: interrupted" in rest, "it saved, reported and left"
 
     assert json.loads((tmp_path / "one" / "result.json").read_text())["status"] == "interrupted"
-    assert list((tmp_path / "one" / "checkpoints").glob("*.pt"))
+    assert list((tmp_path / "one" / "checkpoints").rglob("*.pt"))
     facts = Job(tmp_path / "jobs" / "one").facts
     assert (facts["submission_id"], facts["address"], facts["status"]) == ("one", head, "STOPPED")
     settled = [f"run_root={tmp_path}", "run=one", "cluster.address=auto", "job=one"]
