@@ -1,6 +1,7 @@
 """Measures our backends against gloo, all in the same processes and in interleaved turns.
 
     python scripts/bench_collectives.py [--json] [--workers 2 4 8] [--repetitions 11] [--bytes 102228128 4096]
+                                        [--piece-kib 1024]
 
 An all-reduce of contiguous fp32, by default the gradients of ResNet-50 and 4 KB; one thread a worker.
 gloo    torch's own ring
@@ -38,7 +39,7 @@ AIMS = {
 SMALL_UP_TO, LARGE_FROM = 4096, 100e6
 
 
-def candidates(rank: int, workers: int, store: Any, nbytes: int) -> dict[str, Callable[[], Any]]:
+def candidates(rank: int, workers: int, store: Any, nbytes: int, piece_kib: int | None) -> dict[str, Callable[[], Any]]:
     """One all-reduce by each."""
     import torch
     from torch.distributed import PrefixStore
@@ -48,7 +49,8 @@ def candidates(rank: int, workers: int, store: Any, nbytes: int) -> dict[str, Ca
     from train.comm.torch_group import TorchGroup
 
     where = {kind: PrefixStore(f"{kind.__name__} {nbytes}", store) for kind in (TorchGroup, PlanGroup, ShmGroup)}
-    gloo, plan, shm = (kind(rank, workers, where[kind], "cpu") for kind in where)
+    gloo, plan = (kind(rank, workers, where[kind], "cpu") for kind in (TorchGroup, PlanGroup))
+    shm = ShmGroup(rank, workers, where[ShmGroup], "cpu", piece_kib=piece_kib)
     value, other = torch.ones(nbytes // 4), torch.empty(nbytes // 4)
     *parts, result = shm.shared([len(value)] * (workers + 1), torch.float32)
     parts[rank].fill_(1.0)
@@ -68,7 +70,9 @@ def candidates(rank: int, workers: int, store: Any, nbytes: int) -> dict[str, Ca
     }
 
 
-def work(rank: int, workers: int, port: int, sizes: list[int], repetitions: int, results: Any) -> None:
+def work(
+    rank: int, workers: int, port: int, sizes: list[int], repetitions: int, piece_kib: int | None, results: Any
+) -> None:
     import torch
     from torch.distributed import TCPStore
 
@@ -78,7 +82,7 @@ def work(rank: int, workers: int, port: int, sizes: list[int], repetitions: int,
     store = TCPStore("127.0.0.1", port, workers, is_master=False, wait_for_workers=False)
     pace = ShmGroup(rank, workers, store, "cpu")
     for nbytes in sizes:
-        calls = candidates(rank, workers, store, nbytes)
+        calls = candidates(rank, workers, store, nbytes, piece_kib)
         times = dict.fromkeys(calls, 1)
         for turn in range(WARM_UPS + repetitions):
             for name, call in calls.items():
@@ -95,7 +99,7 @@ def work(rank: int, workers: int, port: int, sizes: list[int], repetitions: int,
     pace.barrier()
 
 
-def measure(workers: int, sizes: list[int], repetitions: int) -> list[dict]:
+def measure(workers: int, sizes: list[int], repetitions: int, piece_kib: int | None) -> list[dict]:
     from torch.distributed import TCPStore
 
     context = multiprocessing.get_context("spawn")
@@ -106,7 +110,8 @@ def measure(workers: int, sizes: list[int], repetitions: int) -> list[dict]:
     )
     results: Any = context.Queue()
     processes = [
-        context.Process(target=work, args=(rank, workers, port, sizes, repetitions, results)) for rank in range(workers)
+        context.Process(target=work, args=(rank, workers, port, sizes, repetitions, piece_kib, results))
+        for rank in range(workers)
     ]
     for process in processes:
         process.start()
@@ -182,11 +187,14 @@ def main() -> int:
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--bytes", type=int, nargs="+", default=[RESNET50_BYTES, 4096])
     parser.add_argument("--repetitions", type=int, default=11)
+    parser.add_argument("--piece-kib", type=int, help="backend.piece_kib of shm")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     given = parser.parse_args()
     if min(given.workers) < 2 or min(given.bytes) < 4 or any(size % 4 for size in given.bytes):
         parser.error("--workers must be at least 2, --bytes multiples of 4")
-    found = [row for workers in given.workers for row in measure(workers, given.bytes, given.repetitions)]
+    found = [
+        row for workers in given.workers for row in measure(workers, given.bytes, given.repetitions, given.piece_kib)
+    ]
     judged = aims(found)
     print(json.dumps({"rows": found, "aims": judged}) if given.json else table(found, judged))
     return 0 if all(aim["met"] for aim in judged) else 1

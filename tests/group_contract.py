@@ -1,6 +1,6 @@
 """What every backend must do, as cases that run in a process for each rank; run as a command it counts them.
 
-    python tests/group_contract.py [--backends shm plan ...] [--ranks 2 3 4 5] [--elements 10000000] [--json]
+    python scripts/check_backends.py contract [--backends shm plan ...] [--ranks 2 3 4 5] [--elements 10000000] [--json]
 
 Sums are of small whole numbers, exact in every dtype and order, so that every result is known; that the order of sums
 is the right one is held against the numpy interpreter of the same plan, bit by bit.
@@ -9,7 +9,6 @@ is the right one is held against the numpy interpreter of the same plan, bit by 
 import argparse
 import json
 import os
-import sys
 import threading
 import time
 from collections import Counter
@@ -391,13 +390,14 @@ def count(backend: str, world_size: int, elements: int) -> Counter:
     return run_ranks(world_size, run_contract, backend, elements)[0]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser("check_backends.py contract", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4, 5])
     parser.add_argument("--elements", type=int, default=10_000_000, help="of the largest buffer")
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     total: dict[str, Counter] = {}
     for backend in given.backends:
         counts = [count(backend, ranks, given.elements) for ranks in ([1] if backend == "single" else given.ranks)]
@@ -409,8 +409,3 @@ def main() -> int:
     if given.json:
         print(json.dumps(total))
     return 0
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    sys.exit(main())

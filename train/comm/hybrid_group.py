@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor, distributed
 
 from train.comm.algorithms import ring
-from train.comm.peers import Peers
+from train.comm.groups import PeerLost
+from train.comm.peers import GRACE_S, Peers
 from train.comm.plan import Plan
 from train.comm.plan_group import PlanGroup
 from train.comm.shm_group import ShmGroup
@@ -60,12 +61,16 @@ class HybridGroup(TorchGroup):
         return self._turns.run("all_reduce", lambda: self._all_reduce(tensor), async_op)
 
     def _all_reduce(self, tensor: Tensor) -> None:
-        with flat(tensor) as elements:
-            self._node.all_reduce(elements)
-            if len(self.heads) > 1:
-                if self.rank in self.heads:
-                    self._between.all_reduce(elements)
-                self._node.broadcast(elements, 0)
+        try:
+            with flat(tensor) as elements:
+                self._node.all_reduce(elements)
+                if len(self.heads) > 1:
+                    if self.rank in self.heads:
+                        self._between.all_reduce(elements)
+                    self._node.broadcast(elements, 0)
+        except PeerLost as error:  # of a part, which names its own ranks and operation
+            self._peers.check_lost("all_reduce", error, GRACE_S)
+            raise
 
     def send(self, tensor: Tensor, destination: int) -> None:
         group, peer = self._way(destination, "destination")

@@ -41,7 +41,8 @@ class Peers:
         timeout_s: float,
         within: "Peers | None" = None,
     ) -> None:
-        """Returns once all ranks have connected; PeerLost when one is missing after `timeout_s`, or dies meanwhile.
+        """Returns once all ranks have connected; PeerLost when one is missing after `timeout_s` or the store's own
+        timeout, or dies meanwhile.
 
         `store`: a c10d store, new or under a new prefix for every group; one rank alone needs none.
         `within`: those of the group that this one is a part of; who is lost there is lost here.
@@ -92,7 +93,7 @@ class Peers:
             self.check(operation, error)
             for peer in self._gone:
                 raise self._error(operation, peer, LEFT) from error
-            raise PeerLost(f"{operation} {self._here()} failed: {' '.join(str(error).split())}") from error
+            raise PeerLost(f"{self._here(operation)}: {' '.join(str(error).split())}") from error
 
     def check(self, operation: str, cause: Exception | None = None) -> None:
         """PeerLost where a rank is lost, or this one has left."""
@@ -100,7 +101,7 @@ class Peers:
             self._within.check_lost(operation, cause, GRACE_S if self._to_blame else 0.0)
         self.check_lost(operation, cause)
         if self._closed:
-            raise PeerLost(f"{operation} {self._here()}: this rank has {self._closed} the group") from cause
+            raise PeerLost(f"{self._here(operation)}: this rank has {self._closed} the group") from cause
 
     def check_lost(self, operation: str, cause: Exception | None = None, patience_s: float = 0.0) -> None:
         """PeerLost where a rank is lost; one that is about to be noticed is waited for."""
@@ -116,7 +117,7 @@ class Peers:
         if peer in self._gone:
             raise self._error(operation, peer, self._gone[peer])
         if time.monotonic() - since > self.timeout_s:
-            raise PeerLost(f"rank {peer} has not come to {operation} {self._here()} within {self.timeout_s:g} s", peer)
+            raise PeerLost(f"{self._here(operation)}: peer rank {peer} has not come within {self.timeout_s:g} s", peer)
 
     def wait_for_key(self, key: str, operation: str, peer: int) -> bytes:
         """What `peer` puts into the store under `key`."""
@@ -179,7 +180,8 @@ class Peers:
 
     def _connect(self, store: Any) -> None:
         """Every rank connects to the lower ones, which know it by the token that only the store's users can read."""
-        deadline = time.monotonic() + self.timeout_s
+        patience_s = min(self.timeout_s, store.timeout.total_seconds())
+        deadline = time.monotonic() + patience_s
         family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
         token = secrets.token_hex(16)
         hosts = {}
@@ -198,7 +200,7 @@ class Peers:
                             self._call(peer, hosts[peer])
                 if len(self._sockets) < self.world_size - 1:
                     self._answer(listener, token)
-                self._check_arrivals(deadline, set(range(self.world_size)) - set(hosts))
+                self._check_arrivals(deadline, patience_s, set(range(self.world_size)) - set(hosts))
         self.nodes = [hosts[peer]["node"] for peer in range(self.world_size)]
 
     def _call(self, peer: int, host: dict) -> None:
@@ -230,7 +232,7 @@ class Peers:
                 made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         self._sockets[peer] = made
 
-    def _check_arrivals(self, deadline: float, missing: set[int]) -> None:
+    def _check_arrivals(self, deadline: float, patience_s: float, missing: set[int]) -> None:
         for peer, peer_socket in self._sockets.items():
             ready, _, _ = select.select([peer_socket], [], [], 0)
             if ready:
@@ -238,7 +240,7 @@ class Peers:
         if time.monotonic() > deadline:
             missing = missing or set(range(self.world_size)) - set(self._sockets) - {self.rank}
             raise PeerLost(
-                f"connect {self._here()}: peer rank {min(missing)} has not come within {self.timeout_s:g} s",
+                f"{self._here('connect')}: peer rank {min(missing)} has not come within {patience_s:g} s",
                 min(missing),
             )
 
@@ -278,10 +280,10 @@ class Peers:
         return (peer, LEFT, True) if word[:1] == BYE else (peer, LOST, False)
 
     def _error(self, operation: str, peer: int, why: str) -> PeerLost:
-        return PeerLost(f"peer rank {peer} {why}: {operation} {self._here()} ended", peer)
+        return PeerLost(f"{self._here(operation)}: peer rank {peer} {why}", peer)
 
-    def _here(self) -> str:
-        return f"on rank {self.rank} of {self.world_size} (backend={self.backend})"
+    def _here(self, operation: str) -> str:
+        return f"rank {self.rank} of {self.world_size}, {operation} (backend={self.backend})"
 
 
 def node_name() -> str:

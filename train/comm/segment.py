@@ -24,7 +24,8 @@ from train.comm.peers import SLICE_S
 FOLDER = "/dev/shm"
 SEMAPHORE_BYTES = 64
 """More than glibc's 32 and musl's 32, and a cache line of its own."""
-SPIN_S = 100e-6
+SPIN_S, CROWDED_SPIN_S = 100e-6, 5e-6
+"""How long a process waits awake, where each has a processor and where not."""
 
 
 class _Timespec(ctypes.Structure):
@@ -90,11 +91,11 @@ class Semaphore:
     def try_wait(self) -> bool:
         return self._try(self._at) == 0
 
-    def wait(self, check: Callable[[], None]) -> None:
+    def wait(self, check: Callable[[], None], spin_s: float = SPIN_S) -> None:
         """Spins briefly while it lets others run, then sleeps; `check` is called now and then, and may raise."""
         if self.try_wait():
             return
-        end = time.perf_counter() + SPIN_S
+        end = time.perf_counter() + spin_s
         while time.perf_counter() < end:
             os.sched_yield()
             if self.try_wait():

@@ -5,6 +5,7 @@ own slice over all ranks, and copies the other slices back; one barrier a piece,
 Sums run over ranks 0, 1, 2 ... in this order, whatever the sizes and whoever adds.
 """
 
+import os
 from time import monotonic
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, distributed
 
 from train.comm.mailbox import Mailbox
 from train.comm.peers import Peers
-from train.comm.segment import SEMAPHORE_BYTES, Segment, Semaphore
+from train.comm.segment import CROWDED_SPIN_S, SEMAPHORE_BYTES, SPIN_S, Segment, Semaphore
 from train.comm.turns import Turns, check_rank, check_summed, flat
 
 IN_HAND = 3
@@ -40,11 +41,14 @@ class ShmGroup:
         store: Any,
         device: str,
         timeout_s: float = 600.0,
-        piece_kib: int = 1024,
+        piece_kib: int | None = None,
         within: Peers | None = None,
     ) -> None:
         if not device.startswith("cpu"):
             raise ValueError(f"backend=shm moves CPU memory only, and device={device}; use backend=nccl or device=cpu")
+        alone = world_size <= len(os.sched_getaffinity(0))
+        if piece_kib is None:  # where workers share processors, each barrier costs them turns: fewer of them
+            piece_kib = 1024 if alone else 4096
         if piece_kib < 64:
             raise ValueError(f"backend.piece_kib={piece_kib} must be at least 64")
         self.rank, self.world_size = rank, world_size
@@ -55,6 +59,7 @@ class ShmGroup:
         self._subgroups = self._segments = self._operations = self._piece = 0
         self._scratch: dict[torch.dtype, Tensor] = {}
         self._piece_bytes = piece_kib << 10
+        self._spin_s = SPIN_S if alone else CROWDED_SPIN_S
         if (nodes := len(set(self._peers.nodes))) > 1:
             self._peers.close()
             raise ValueError(
@@ -157,16 +162,16 @@ class ShmGroup:
                 piece[cut].copy_(parts[peer][cut])
 
     def _sum_in_blocks(self, terms: list[Tensor], results: list[Tensor]) -> None:
-        """Block by block into all `results`, which may be terms; the block in work stays in cache."""
-        dtype = terms[0].dtype
-        if dtype not in self._scratch:
-            self._scratch[dtype] = torch.empty(BLOCK_BYTES // dtype.itemsize, dtype=dtype)
-        scratch = self._scratch[dtype]
-        for first in range(0, len(terms[0]), len(scratch)):
-            last = min(first + len(scratch), len(terms[0]))
-            block = scratch[: last - first]
+        """Block by block, which stay in cache; into the first result unless it is a term, from there to the others."""
+        dtype, length = terms[0].dtype, BLOCK_BYTES // terms[0].element_size()
+        scratch = None
+        if any(term.data_ptr() == results[0].data_ptr() for term in terms):
+            scratch = self._scratch.setdefault(dtype, torch.empty(length, dtype=dtype))
+        for first in range(0, len(terms[0]), length):
+            last = min(first + length, len(terms[0]))
+            block = results[0][first:last] if scratch is None else scratch[: last - first]
             _sum([term[first:last] for term in terms], block)
-            for result in results:
+            for result in results if scratch is not None else results[1:]:
                 result[first:last].copy_(block)
 
     def shared(self, sizes: list[int], dtype: torch.dtype) -> list[Tensor]:
@@ -305,7 +310,7 @@ class ShmGroup:
                 raise ValueError(f"backend=shm: the ranks call different operations ({calls})")
 
     def _wait(self, semaphore: Semaphore, operation: str, peer: int, since: float) -> None:
-        semaphore.wait(lambda: self._peers.check_waiting(operation, peer, since))
+        semaphore.wait(lambda: self._peers.check_waiting(operation, peer, since), self._spin_s)
 
     def subgroup(self, ranks: list[int]) -> "ShmGroup | None":
         self._subgroups += 1

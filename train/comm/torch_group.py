@@ -151,9 +151,9 @@ class TorchGroup:
         """A collective's work, unlike a message's, can be waited for a while without harm."""
         with self._peers.during(operation):
             while self.backend == "gloo" and not work.is_completed():
-                try:
+                with suppress(RuntimeError):  # not yet; or its own error, which is raised below
                     return work.wait(seconds(SLICE_S))
-                except RuntimeError:  # not yet, or it failed; where it has ended meanwhile, waiting again tells
+                if not work.is_completed():
                     self._peers.check(operation)
             work.wait()
 

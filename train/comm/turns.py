@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -27,7 +28,11 @@ class Pending:
         self._wait = wait
 
     def wait(self) -> None:
-        self._wait()
+        wait, self._wait = self._wait, _nothing
+        try:
+            wait()
+        finally:
+            del wait  # an error knows this frame: see Turns._end
 
 
 class Turns:
@@ -49,7 +54,7 @@ class Turns:
             return self._end(operation, self._begin(operation, function))
         if async_op:
             future = self._last = self._begin(operation, function)
-            return Pending(lambda: self._end(operation, future))
+            return Pending(partial(self._end, operation, future))
         if self._last is not None:
             with suppress(PeerLost, ValueError):  # an error of its own is raised where it is waited for
                 self._end(operation, self._last)
@@ -85,6 +90,9 @@ class Turns:
     def _turn(self, operation: str, function: Callable[[], Any]) -> Any:
         with self._peers.during(operation):
             return function()
+
+
+def _nothing() -> None: ...
 
 
 def _work(queue: SimpleQueue, threads: int) -> None:
