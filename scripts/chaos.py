@@ -3,9 +3,11 @@
     python scripts/chaos.py [overrides] [--kills N] [--seed S] [--json] [--keep]
 
 Ray nodes on loopback (a head, and two that carry two workers each) and the real command, `python -m launch.run`. At
-seeded moments a worker, a node's raylet or the command itself gets kill -9 or SIGSTOP. A stopped worker stays stopped,
-a stopped raylet or command goes on after some seconds; a killed command or node is started again here. Moments are seen
-from outside: a worker names its thread after what it does. Runs follow each other until all kills are given.
+seeded moments a worker, a node's raylet or the command itself gets kill -9 or SIGSTOP. A stopped worker or raylet stays
+stopped, a stopped command goes on after some seconds; a killed command, and a node that is given up, is started again
+here. The head asks its nodes for a sign of life twice a second (by default every three seconds, five times in vain).
+Moments are seen from outside: a worker names its thread after what it does. Runs follow each other until all kills are
+given.
 Exit status: 0 where every run's weights equal the undisturbed run's to the bit, 1 where not or a run failed.
 """
 
@@ -40,6 +42,14 @@ SMALL = "model=resnet_cifar20 data.image_size=16 chip_batch_size=2 mesh=atlas900
 KINDS = [f"{victim} {how}" for how in ("killed", "stopped") for victim in ("worker", "raylet", "driver")]
 MOMENTS = ("backward", "all-reduce", "checkpoint", "evaluation")
 KEYS_OF_CHAOS = ("workers", "run", "run_root", "resume", "cluster.address")
+LOST = {"worker": 1, "raylet": WORKERS // NODES}
+"""How many workers a kill costs."""
+HEALTH_CHECK = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+}
 STOPPED_S, HANG_TIMEOUT_S = 5.0, 3.0
 SETTLED_STEPS = 3
 """Steps that all workers have made together before the next kill."""
@@ -55,11 +65,16 @@ class Broken(RuntimeError):
 
 @dataclass
 class Strike:
-    """One kill, and what came of it. Seconds are counted from the kill; None: it cost the training nothing."""
+    """One kill, and what came of it. None: it cost the training nothing.
+
+    Seconds are counted from the kill; where a raylet is killed, from the end of its first worker: Ray's workers work on
+    for `worked_on_s` until their node is given up.
+    """
 
     kind: str
     moment: str
     step: int = 0
+    worked_on_s: float = 0.0
     detected_s: float | None = None
     training_again_s: float | None = None
     steps_repeated: int = 0
@@ -84,7 +99,8 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         self._node = {"num_cpus": WORKERS // NODES, "resources": {"ascend910": chips // NODES}}
-        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH_CHECK}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._nodes = [self._cluster.add_node(wait=False, **self._node) for _ in range(NODES)]
         self._cluster.wait_for_nodes()
         self.address = self._cluster.address
@@ -218,20 +234,30 @@ class Chaos:
         strike.step = run.step
         if victim == "driver" and how == "killed":
             self._restart(run, strike, struck_at)
-        elif how == "stopped" and victim != "worker":
+        elif victim == "driver":
             time.sleep(STOPPED_S)
-            os.kill(pids[victim], signal.SIGCONT)
+            run.process.send_signal(signal.SIGCONT)
             run.until("a step after the stop", lambda: run.step > strike.step)
         else:
-            seen = run.until("its detection", lambda: run.events("worker_lost", struck_at))
+            theirs = [worker["pid"] for worker in placement if worker["node"] == seen["node"]]
+            ended_at: list[float] = []
+
+            def lost() -> list[dict]:
+                if not ended_at and not all(map(alive, theirs)):
+                    ended_at.append(time.time())
+                return run.events("worker_lost", struck_at)
+
+            noticed = run.until("its detection", lost)
             if victim == "raylet":
                 self._nodes.start_again(number)
-            if not seen:
+            if victim == "raylet" and ended_at:
+                strike.worked_on_s, struck_at = ended_at[0] - struck_at, ended_at[0]
+            if not noticed:
                 raise Broken(f"{run.folder.name}: ended before the loss of a {victim} was seen")
-            lost = run.events("worker_lost", struck_at)[0]
-            run.until("training after the loss", lambda: run.events("training", lost["time"]))
-            again = run.events("training", lost["time"])
-            strike.detected_s = lost["time"] - struck_at
+            first = lost()[0]
+            run.until("training after the loss", lambda: run.events("training", first["time"]))
+            again = run.events("training", first["time"])
+            strike.detected_s = max(first["time"] - struck_at, 0.0)
             if again:
                 strike.training_again_s = again[0]["training_at"] - struck_at
                 strike.steps_repeated, strike.source = again[0]["steps_repeated"], again[0]["source"]
@@ -245,6 +271,13 @@ class Chaos:
             strike.training_again_s = time.time() - struck_at
         (attempt,) = run.events("attempt", self._started_at)
         strike.steps_repeated, strike.source = strike.step - attempt["step"], "checkpoint"
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def threads(pid: int) -> set[str]:
@@ -275,7 +308,13 @@ def words_of(overrides: list[str]) -> list[str]:
     return words
 
 
-def summary(strikes: list[Strike], equal: list[bool]) -> dict:
+def unasked_losses(run: Run, strikes: list[Strike]) -> int:
+    """Workers that were lost without a kill that explains it."""
+    explained = {f"{victim} {how}": lost for victim, lost in LOST.items() for how in ("killed", "stopped")}
+    return len(run.events("worker_lost")) - sum(explained.get(strike.kind, 0) for strike in strikes)
+
+
+def summary(strikes: list[Strike], equal: list[bool], unasked: int) -> dict:
     """The object that --json prints."""
     kinds = [kind for kind in KINDS if any(strike.kind == kind for strike in strikes)]
 
@@ -290,6 +329,7 @@ def summary(strikes: list[Strike], equal: list[bool]) -> dict:
         "max_detect_s": largest("detected_s"),
         "max_recover_s": largest("training_again_s"),
         "steps_repeated": sum(strike.steps_repeated for strike in strikes),
+        "losses_nobody_asked_for": unasked,
         "by_kind": {
             kind: {
                 "max_detect_s": largest("detected_s", kind),
@@ -318,7 +358,7 @@ def _main(wanted: argparse.Namespace) -> int:
     chips, steps = emulator.build(config).mesh.num_chips, config["max_steps"]
     if steps is None or steps < 2 * LAST_STEPS:
         raise ConfigError("max_steps", f"{steps}: chaos needs at least {2 * LAST_STEPS}")
-    strikes, given, equal = plan(wanted.kills, wanted.seed), [], []
+    strikes, given, equal, unasked = plan(wanted.kills, wanted.seed), [], [], 0
     root = Path(tempfile.mkdtemp(prefix="chaos"))
     nodes = None
     try:
@@ -337,7 +377,9 @@ def _main(wanted: argparse.Namespace) -> int:
         while len(given) < len(strikes):
             run = Run(words, root, f"disturbed-{len(equal)}", nodes)
             try:
-                given += chaos.disturb(run, strikes[len(given) :])
+                struck = chaos.disturb(run, strikes[len(given) :])
+                given += struck
+                unasked += unasked_losses(run, struck)
                 equal.append(run.check_end(expected))
             finally:
                 if run.process.poll() is None:
@@ -351,7 +393,7 @@ def _main(wanted: argparse.Namespace) -> int:
             print(f"kept: {root}", file=sys.stderr)
         else:
             shutil.rmtree(root, ignore_errors=True)
-    made = summary(given, equal)
+    made = summary(given, equal, unasked)
     print(json.dumps(made) if wanted.json else "\n".join([*map(line, given), f"hash equal: {made['hash_equal']}"]))
     return 0 if made["hash_equal"] else 1
 

@@ -1,11 +1,12 @@
-"""Writes the README's tables: finished runs and certificate from docs/results, the record from the emulator.
+"""Writes the README's tables: finished runs, certificate and chaos from docs/results, the record from the emulator.
 
     python scripts/readme_results.py [RUN ...]
 
 keeps each RUN folder's env.json and result.json under docs/results/ and rewrites the tables between the
-README's markers. A test calls `tables` and compares. The certificate there is an output:
+README's markers. A test calls `tables` and compares. The certificate and chaos there are outputs:
 
     python scripts/certify.py --json > docs/results/certificate.json
+    python scripts/chaos.py --kills 30 --json > docs/results/chaos.json
 """
 
 import argparse
@@ -66,6 +67,7 @@ def tables() -> dict[str, str]:
         "results": runs_table(),
         "record": record_table(),
         "certificate": certificate_table(),
+        "chaos": chaos_table(),
         "validation": validation_table(),
     }
 
@@ -119,6 +121,22 @@ def certificate_table() -> str:
         f"numerics={made['mode']}, {made['chips']} chips in blocks of {made['block']}, {made['steps']} steps, {loss}: "
     )
     return f"{head}**{found}**.\n\n{markdown_table(rows)}"
+
+
+def chaos_table() -> str:
+    made = json.loads((KEPT / "chaos.json").read_text())
+
+    def seconds(value: float | None) -> str:
+        return "nothing was lost" if value is None else f"{value:.2f} s"
+
+    rows = [("", "how often", "noticed within", "training again within", "steps repeated, in all")]
+    for kind, found in made["by_kind"].items():
+        times = seconds(found["max_detect_s"]) if kind != "driver killed" else "started again by hand"
+        again = seconds(found["max_recover_s"])
+        rows.append((kind, str(sum(made["kills"][kind].values())), times, again, str(found["steps_repeated"])))
+    equal = "equal the undisturbed run's to the bit" if made["hash_equal"] else "DIFFER from the undisturbed run's"
+    kills = sum(sum(moments.values()) for moments in made["kills"].values())
+    return f"{kills} kills in {made['runs']} runs: the weights **{equal}**.\n\n{markdown_table(rows)}"
 
 
 def validation_table() -> str:

@@ -70,12 +70,15 @@ def check_fence(attempt: Path) -> None:
         raise Fenced(f"{attempt}: another writer has taken the run over; this one leaves it alone")
 
 
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
 def defect(path: Path) -> str | None:
     """Why a checkpoint is not as it was written, in some words; None where it is."""
     try:
-        noted = checksum_path(path).read_text().split()
-        with path.open("rb") as file:
-            found = file_digest(file, "sha256").hexdigest()
+        noted, found = checksum_path(path).read_text().split(), sha256(path)
     except OSError as error:
         return f"{error.strerror}: {error.filename}"
     if len(noted) != 2 or noted[1] != path.name:
