@@ -129,12 +129,13 @@ def test_the_others_finish_the_same_training(lost, whole, number):
     ]
 
 
-def lose_two_then_gain_one(rank: int, world_size: int, store, folder: Path) -> list[dict]:
+def lose_two_then_gain_one(rank: int, world_size: int, store, folder: Path, step: int, every: int) -> list[dict]:
     """Ranks 1 and 2 vanish together, so what 1 had and 2 kept is lost; then 1 comes anew and joins at a boundary."""
+    words = [*WORDS, f"checkpoint_steps={every}"]
     context = WorkerContext(rank=rank, world_size=world_size, store=PrefixStore("first", store))
-    worker = Worker(tiny(*WORDS), context)
+    worker = Worker(tiny(*words), context)
     if rank > 0:
-        die_at(worker, "forward", 3)
+        die_at(worker, "forward", step)
     try:
         outcomes = [worker.train(folder)]
     except Dies:
@@ -144,20 +145,30 @@ def lose_two_then_gain_one(rank: int, world_size: int, store, folder: Path) -> l
         worker.wishes[Wish.PAUSE].set()
         outcomes.append(train_on(worker, folder, store, [[0], [0, 1]], 0, 0))
     elif rank == 1:
-        worker = Worker(tiny(*WORDS), WorkerContext(rank=None))
+        worker = Worker(tiny(*words), WorkerContext(rank=None))
     if rank < 2:
         outcomes.append(train_on(worker, folder, store, [[0], [0, 1]], 1, rank))
     return outcomes
 
 
-def test_what_nobody_kept_comes_from_the_last_checkpoint_and_a_newcomer_from_its_peers(whole, tmp_path):
-    old, new, gone = run_ranks(3, lose_two_then_gain_one, tmp_path)
+@pytest.mark.parametrize(
+    "step, every, saved, source, joins",
+    [
+        (3, 2, 2, "checkpoint", 3),
+        (1, 2, 0, "beginning", 1),
+        (2, 1, 2, "checkpoint", 3),
+    ],  # the last: one has saved there
+)
+def test_what_nobody_kept_comes_from_the_last_checkpoint_and_a_newcomer_from_its_peers(
+    whole, tmp_path, step, every, saved, source, joins
+):
+    old, new, gone = run_ranks(3, lose_two_then_gain_one, tmp_path, step, every)
     assert gone == ["died"]
     assert [outcome["status"] for outcome in old] == ["lost", "paused", "done"]
     alone, together = old[1]["joined"], old[2]["joined"]
-    assert (alone["source"], alone["step"], alone["repeated"]) == ("checkpoint", 2, 1)
-    assert (together["source"], together["step"], together["repeated"]) == ("memory", 3, 0)
-    assert new[0] == "died" and new[1]["joined"]["step"] == 3
+    assert (alone["source"], alone["step"], alone["repeated"]) == (source, saved, step - saved)
+    assert (together["source"], together["step"], together["repeated"]) == ("memory", joins, 0)
+    assert new[0] == "died" and new[1]["joined"]["step"] == joins
     assert {outcome["weights_sha256"] for outcome in (old[2], new[1])} == {whole[0]}
     assert points(tmp_path) == whole[1]
 
@@ -178,10 +189,12 @@ def test_pieces_cover_all_rows_or_none():
 
 
 def test_all_follow_whoever_has_come_farthest():
-    ahead = Offer(5, [(5, 0, 4), (4, 0, 4)])
-    behind = Offer(4, [(5, 4, 4), (4, 4, 4), (4, 0, 4)])
-    assert agree([behind, ahead], 8) == Agreement(5, 1, [(1, 0, 4), (0, 4, 4)])
-    assert agree([Offer(None, []), behind], 8) == Agreement(4, 1, [(1, 0, 4), (1, 4, 4)])
+    ahead = Offer((5, 2), [(5, 0, 4), (4, 0, 4)])
+    behind = Offer((4, 2), [(5, 4, 4), (4, 4, 4), (4, 0, 4)])
+    assert agree([behind, ahead], 8) == Agreement((5, 2), 1, [(1, 0, 4), (0, 4, 4)])
+    assert agree([Offer(None, []), behind], 8) == Agreement((4, 2), 1, [(1, 0, 4), (1, 4, 4)])
+    evaluated = Offer((5, 5), [(5, 4, 4)])
+    assert agree([ahead, evaluated], 8) == Agreement((5, 5), 1, [(0, 0, 4), (1, 4, 4)])
     assert agree([ahead, Offer(None, [])], 8) is None
     assert agree([Offer(None, [])], 8) is None
 

@@ -42,7 +42,7 @@ from train.optim.update import WeightUpdate
 from train.precision import DTYPES, choose_device, choose_loss_scale, choose_precision
 from train.progress import Limits, Progress, StepRecord, Wish
 from train.records import find, load
-from train.recovery import Agreement, Joined, Membership, Offer, agree, farthest_step
+from train.recovery import Agreement, Joined, Membership, Offer, agree, farthest
 from train.sim.clock import EmulatedClock
 from train.trainer import Part, Trainer
 
@@ -202,19 +202,21 @@ class Worker:
 
     def _align(self, membership: Membership, group: Group, checkpoints: Path) -> Joined:
         """Come to the state that all agree on (train/recovery)."""
-        mine = Offer(self.trainer.progress.step if self._has_state else None, self.bank.offers())
-        told = gather(group, [mine.step, mine.pieces], self.device)
-        offers = [Offer(step, [tuple(piece) for piece in pieces]) for step, pieces in told]
+        progress = self.trainer.progress
+        reached = (progress.step, progress.evaluated_at) if self._has_state else None
+        told = gather(group, [reached, self.bank.offers()], self.device)
+        offers = [Offer(its and tuple(its), [tuple(piece) for piece in pieces]) for its, pieces in told]
         agreed = agree(offers, self.order.num_chips // self.config["bn_span"])
         if agreed is not None:
             self._copy_state(agreed, offers, group)
             rows = self._rows(membership.rank, membership.shares)
             features = sum(moment.shape[1] for moment in self.trainer.chip_statistics())
-            held = assemble(group, self.bank, agreed.step, agreed.pieces, rows, features, self.device)
+            step = agreed.reached[0]
+            held = assemble(group, self.bank, step, agreed.pieces, rows, features, self.device)
             group.barrier()
             self._take(membership, group)
             self.trainer.set_statistics(held)
-            self.bank.forget_after(agreed.step)
+            self.bank.forget_after(step)
             source, repeated, path, defects = "memory", 0, None, []
         else:
             self._build()
@@ -226,18 +228,18 @@ class Worker:
             if path is not None:
                 self.restore(Path(path))
             source, step = "beginning" if path is None else "checkpoint", self.trainer.progress.step
-            repeated = max((farthest_step(offers) or step) - step, 0)
+            repeated = max((farthest(offers) or (step,))[0] - step, 0)
         self._has_state = True
         self._put_away()
         return Joined(self.trainer.progress.step, source, repeated, time(), path, tuple(defects))
 
     def _copy_state(self, agreed: Agreement, offers: list[Offer], group: Group) -> None:
         """Weights, optimizer and all else that is the same everywhere, from one who has come that far."""
-        if all(offer.step == agreed.step for offer in offers):
+        if all(offer.reached == agreed.reached for offer in offers):
             return
         leads = group.rank == agreed.leader
         state = broadcast_state(group, self._replicated() if leads else None, agreed.leader, self.device)
-        if offers[group.rank].step != agreed.step:
+        if offers[group.rank].reached != agreed.reached:
             self._load(state)
             self._has_state = True
 

@@ -7,7 +7,6 @@ that step are lost with all who kept them, all go back to the last checkpoint, o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from train.comm.backup import cover
@@ -47,36 +46,31 @@ class Joined:
 
 @dataclass(frozen=True)
 class Offer:
-    """What a worker brings: finished steps (None: a newcomer has no state) and the pieces in its bank."""
+    """What a worker brings: finished steps and the step last evaluated (None: a newcomer has neither), and its bank."""
 
-    step: int | None
+    reached: tuple[int, int] | None
     pieces: list[tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """The step to go on from, a rank that has its state, and (rank, first row, rows) of the chips' statistics."""
+    """What to go on from (as in Offer), a rank that has that state, and (rank, first row, rows) of the statistics."""
 
-    step: int
+    reached: tuple[int, int]
     leader: int
     pieces: list[tuple[int, int, int]]
 
 
 def agree(offers: Sequence[Offer], num_rows: int) -> Agreement | None:
     """What all go on from; None where nobody has a state, or the statistics of the farthest step are incomplete."""
-    farthest = farthest_step(offers)
-    chosen = None if farthest is None else cover([offer.pieces for offer in offers], farthest, num_rows)
+    reached = farthest(offers)
+    chosen = None if reached is None else cover([offer.pieces for offer in offers], reached[0], num_rows)
     if chosen is None:
         return None
     lengths = [{(step, first): count for step, first, count in offer.pieces} for offer in offers]
-    leader = next(rank for rank, offer in enumerate(offers) if offer.step == farthest)
-    return Agreement(farthest, leader, [(rank, first, lengths[rank][farthest, first]) for rank, first in chosen])
+    leader = next(rank for rank, offer in enumerate(offers) if offer.reached == reached)
+    return Agreement(reached, leader, [(rank, first, lengths[rank][reached[0], first]) for rank, first in chosen])
 
 
-def farthest_step(offers: Sequence[Offer]) -> int | None:
-    return max((offer.step for offer in offers if offer.step is not None), default=None)
-
-
-def checkpoint_step(path: Path) -> int:
-    """The finished steps of a checkpoint, from its name."""
-    return int(path.stem.rpartition("_")[2])
+def farthest(offers: Sequence[Offer]) -> tuple[int, int] | None:
+    return max((offer.reached for offer in offers if offer.reached is not None), default=None)

@@ -107,6 +107,7 @@ class Trainer:
         self.group, self.gradients, self.statistics = part.group, part.gradients, part.statistics
         self.backup, self.passes, self.first_chip = part.backup, part.passes, part.passes[0].first
         self.damage = Damage(self.timeline, self.model, part.passes)
+        self._saved_at = -1, self._saved_at[1]  # not all may have saved this step: all do, or none
         self.abandoned.clear()
 
     @property
