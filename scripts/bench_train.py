@@ -99,10 +99,11 @@ def harness(
     from train.optim.sgd import SGD
     from train.optim.update import WeightUpdate
     from train.precision import choose_device, choose_loss_scale, choose_precision
+    from train.progress import Limits
     from train.sim.clock import EmulatedClock
     from train.sim.step import StepTime
     from train.sim.workload import resnet as table
-    from train.trainer import Limits, Trainer
+    from train.trainer import Part, Trainer
 
     class Paced(Callback):
         def on_step(self, record) -> None:
@@ -125,18 +126,16 @@ def harness(
             model, {"sgd": SGD, "lars": LARS}[optimizer](model.parameters()), precision, choose_loss_scale("auto")
         ),
         schedule=Polynomial(epochs=90, base_lr=0.1),
-        gradients=SumAggregator(group),
-        statistics=SumAggregator(group),
         bn_rule="mean",
-        group=group,
-        passes=plan_passes(keys, chips, range(chips), room),
         chips_per_block=chips,
         clock=EmulatedClock(StepTime(0.0, 0.0, 0.0, 0.0, 0.0), 0.0, 0.0),
-        limits=Limits(90, 1.0, 90, 0.0, 0.0, None),
+        limits=Limits(epochs=90, target_top1=1.0, eval_every=90, eval_offset=0.0, max_steps=None),
         precision=precision,
         label_smoothing=0.1,
         device=device,
     )
+    passes = plan_passes(keys, chips, range(chips), room)
+    trainer.take(Part(group, SumAggregator(group), SumAggregator(group), None, passes))
     with tempfile.TemporaryDirectory() as folder:
         trainer.train([MetricsCallback([JsonlSink(folder)]), Paced()], save=partial(max, 0))
 

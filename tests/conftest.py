@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two times two threads on two cores wait for each other
 
 LEFT_OUT: pytest.StashKey[Counter] = pytest.StashKey()
-START_RAY = {"test_certify", "test_launch_placement", "test_launch_run", "test_launch_submit_runs"}
+START_RAY = {"test_certify", "test_chaos", "test_launch_placement", "test_launch_run", "test_launch_submit_runs"}
 MARKS = ("slow", "gpu", "slurm", "sample", "simgrid", "netns")
 
 

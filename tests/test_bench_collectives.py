@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from scripts import bench_collectives as bench
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +35,7 @@ def test_aims_are_held_against_rows_of_their_size():
     assert found == [("shm", 102_228_128, False), ("shm", 4096, True), ("plan", 102_228_128, True)]
 
 
+@pytest.mark.slow
 def test_a_small_run_prints_one_object():
     command = [sys.executable, "scripts/bench_collectives.py", "--json", "--workers", "2", "--bytes", "200000"]
     done = subprocess.run([*command, "--repetitions", "1"], cwd=ROOT, capture_output=True, text=True)

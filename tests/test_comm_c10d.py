@@ -79,7 +79,7 @@ def call(rank: int, world_size: int, store, backend: str) -> dict:
     return results | {"sums": sums}
 
 
-@pytest.mark.parametrize("backend", ["plan", "shm"])
+@pytest.mark.parametrize("backend", [pytest.param("plan", marks=pytest.mark.slow), "shm"])
 def test_sums_are_ours_and_the_rest_is_gloo(backend):
     for rank, result in enumerate(run_ranks(2, call, backend)):
         assert result.pop("sums") == [2, 2, 70_000]  # the maximum is gloo's

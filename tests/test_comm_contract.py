@@ -46,6 +46,7 @@ def test_survivors_learn_who_was_killed_in_every_phase(backend, phase):
         killed(backend, phase, victim)
 
 
+@pytest.mark.slow
 def test_counts_are_printed():
     command = [sys.executable, "scripts/check_backends.py", "contract", "--backends", "single", "nccl"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

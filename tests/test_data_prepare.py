@@ -247,6 +247,7 @@ def call(*words: object) -> subprocess.CompletedProcess:
     return subprocess.run(command(*words), cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_command(tree, tmp_path):
     done = call(tree, tmp_path / "shards", "--photos-per-shard", 5, "--processes", 2)
     assert done.returncode == 0, done.stderr

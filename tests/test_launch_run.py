@@ -136,6 +136,7 @@ def test_ctrl_c_saves_and_resume_auto_goes_on(start, tmp_path):
     assert second["weights_sha256"] == whole["weights_sha256"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "end, kind, again_s",
     [(signal.SIGKILL, "died", 3.0), (signal.SIGSTOP, "hung", 7.0), (signal.SIGTERM, "left", 10.0)],

@@ -1,5 +1,7 @@
 """Workers that go on without one of them: the same weights and the same rows, in whatever a worker was when it died."""
 
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from train.metrics import read_rows
 from train.progress import Wish
 from train.recovery import Agreement, Membership, Offer, agree
 
+PAUSE_S = 0.2
 WORDS = ("checkpoint_steps=2", "ema_decay=0.9")
 
 
@@ -81,6 +84,7 @@ def lose_one(rank: int, world_size: int, store, folder: Path, doomed: int, phase
     if result["status"] == "done":  # all was over but for the death
         return result | {"joined": {"source": "memory", "repeated": 0}}
     assert result["status"] == "lost" and f"rank {rank} of {world_size}" in result["error"], result
+    time.sleep(PAUSE_S)  # what a loss takes is on the measured clock
     survivors = [r for r in range(world_size) if r != doomed]
     return train_on(worker, folder, store, [survivors], 0, rank)
 
@@ -124,6 +128,10 @@ def test_the_others_finish_the_same_training(lost, whole, number):
         assert (result["status"], result["steps"], result["weights_sha256"]) == ("done", 4, whole[0])
         assert (result["joined"]["source"], result["joined"]["repeated"]) == ("memory", 0)
     assert points(folder / f"{doomed} {phase} {step}") == whole[1]
+    at = [row["measured_s"] for row in read_rows(folder / f"{doomed} {phase} {step}")]
+    assert at == sorted(set(at))
+    if step < 4:
+        assert max(after - before for before, after in pairwise([0, *at])) > PAUSE_S
     assert [path.name for path in list_checkpoints(folder / f"{doomed} {phase} {step}" / "checkpoints")][-1:] == [
         "step_00000004.pt"
     ]

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
-from time import time
+from time import perf_counter, time
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ from train.metrics import Sink, open_sinks, read_rows
 from train.models.chip_norm import allocate_chips
 from train.models.passes import check_batch_norm, images_per_pass, moments_of, plan_passes
 from train.optim.update import WeightUpdate
-from train.precision import DTYPES, choose_device, choose_loss_scale, choose_precision
+from train.precision import choose_device, choose_loss_scale, choose_precision, gradient_dtypes
 from train.progress import Limits, Progress, StepRecord, Wish
 from train.records import find, load
 from train.recovery import Agreement, Joined, Membership, Offer, agree, farthest
@@ -99,9 +99,10 @@ class Worker:
         self._first_step = FirstStep(context.marks)
         self._callbacks: list[Callback] = []
         self._sinks: list[Sink] = []
-        self._written = 0  # steps that the callbacks know of
+        self._written: tuple[int, int] | None = None  # what the callbacks know of, as in recovery.Offer
         self.writer: checkpoint.Writer | None = None
         """Of rank 0."""
+        self.trainer: Trainer | None = None
         self._build()
         context.marks["model and data"] = time()
         if shares is not None:
@@ -111,7 +112,7 @@ class Worker:
 
     def _build(self) -> None:
         """All that is the same on every worker, as it stands before the first step."""
-        config = self.config
+        config, started_at = self.config, self.trainer and self.trainer.started_at
         torch.manual_seed(config["seed"])
         model = emulator.make(config["model"], num_classes=num_classes(config, self.source.num_classes))
         self.model = model.to(self.device, memory_format=torch.channels_last)
@@ -127,7 +128,7 @@ class Worker:
                 self.model,
                 self.optimizer,
                 self.precision,
-                choose_loss_scale(config["loss_scale"], *self._gradient_dtypes()),
+                choose_loss_scale(config["loss_scale"], *gradient_dtypes(config, self.precision)),
                 config["clip_norm"],
                 config["ema_decay"],
             ),
@@ -155,6 +156,7 @@ class Worker:
             wishes=self.wishes,
             timeline=toll and toll.timeline,
         )
+        self.trainer.started_at = started_at
         self.progress_callback = ProgressCallback()
         self._has_state = False
 
@@ -202,9 +204,7 @@ class Worker:
 
     def _align(self, membership: Membership, group: Group, checkpoints: Path) -> Joined:
         """Come to the state that all agree on (train/recovery)."""
-        progress = self.trainer.progress
-        reached = (progress.step, progress.evaluated_at) if self._has_state else None
-        told = gather(group, [reached, self.bank.offers()], self.device)
+        told = gather(group, [self._reached() if self._has_state else None, self.bank.offers()], self.device)
         offers = [Offer(its and tuple(its), [tuple(piece) for piece in pieces]) for its, pieces in told]
         agreed = agree(offers, self.order.num_chips // self.config["bn_span"])
         if agreed is not None:
@@ -233,15 +233,22 @@ class Worker:
         self._put_away()
         return Joined(self.trainer.progress.step, source, repeated, time(), path, tuple(defects))
 
+    def _reached(self) -> tuple[int, int]:
+        return self.trainer.progress.step, self.trainer.progress.evaluated_at
+
     def _copy_state(self, agreed: Agreement, offers: list[Offer], group: Group) -> None:
         """Weights, optimizer and all else that is the same everywhere, from one who has come that far."""
         if all(offer.reached == agreed.reached for offer in offers):
             return
-        leads = group.rank == agreed.leader
-        state = broadcast_state(group, self._replicated() if leads else None, agreed.leader, self.device)
+        state = None
+        if group.rank == agreed.leader:
+            state = self._replicated() | {"elapsed_s": self.trainer.elapsed_s()}
+        state = broadcast_state(group, state, agreed.leader, self.device)
         if offers[group.rank].reached != agreed.reached:
             self._load(state)
             self._has_state = True
+            if self.trainer.started_at is None:
+                self.trainer.started_at = perf_counter() - state["elapsed_s"]
 
     def _put_away(self) -> None:
         """The chips' statistics as they stand, for this worker's own bank and its keeper's."""
@@ -250,11 +257,6 @@ class Worker:
             self.trainer.backup.exchange(self.trainer.progress.step, statistics)
         else:
             self.bank.put(self.trainer.progress.step, self._rows(self.membership.rank).start, statistics)
-
-    def _gradient_dtypes(self) -> list[torch.dtype]:
-        """What gradients are rounded to on their way to the optimizer."""
-        wire = [DTYPES[self.config["wire_dtype"]]] if self.config["gradient_sum"] == "plan" else []
-        return [self.precision.dtype, *wire]
 
     def _chips(self, rank: int, shares: list[range] | None = None) -> range:
         """The chips of the mesh that a rank carries."""
@@ -292,7 +294,7 @@ class Worker:
             self._end(result(self, "failed"))
             raise
         finally:
-            self._written = self.trainer.progress.step
+            self._written = self._reached()
         self.group.close()
         outcome = result(self, status)
         if status != "paused":
@@ -302,7 +304,7 @@ class Worker:
     def _open(self, run_dir: Path) -> None:
         """Rank 0 writes the run's files from now on; what its predecessor wrote and did not write is made good."""
         step = self.trainer.progress.step
-        if self.group.rank == 0 and self.writer and self._written == step:
+        if self.group.rank == 0 and self.writer and self._written == self._reached():
             return
         for left in (*self._sinks, self.writer):
             with suppress(OSError, RuntimeError):

@@ -101,6 +101,12 @@ class LossScale:
             self.value = state["value"]
 
 
+def gradient_dtypes(config: dict, precision: Precision) -> list[torch.dtype]:
+    """What gradients are rounded to on their way to the optimizer."""
+    wire = [DTYPES[config["wire_dtype"]]] if config["gradient_sum"] == "plan" else []
+    return [precision.dtype, *wire]
+
+
 def choose_loss_scale(loss_scale: float | str, *gradients: torch.dtype) -> LossScale:
     """`auto` is dynamic where gradients pass through fp16, which needs it, and 1 elsewhere; powers of two cost no bits.
 

@@ -100,7 +100,8 @@ class Trainer:
         """Set from outside when a peer is known to be lost: the step at hand ends with PeerLost."""
         self._granted: set[Wish] = set()
         self._saved_at = (-1, time.monotonic())  # step, and when
-        self._started_at = 0.0
+        self.started_at: float | None = None
+        """Of time.perf_counter, when the measured clock stood at 0; it runs on while workers change."""
 
     def take(self, part: Part) -> None:
         """Compute this part from now on; the model has room for its chips' statistics."""
@@ -125,7 +126,7 @@ class Trainer:
         Returns the wishes granted by all after the last step; after PAUSE alone the training may be gone on with.
         """
         progress = self.progress
-        self._started_at = time.perf_counter() - progress.measured_s
+        self.elapsed_s()
         self._granted = set()
         with Prefetcher(self.source.train, self._batches(), seed=self.order.seed, device=self.device) as loader:
             while True:
@@ -144,6 +145,13 @@ class Trainer:
                 self.recent.append(record := self._step(loader))
                 for callback in callbacks:
                     callback.on_step(record)
+
+    def elapsed_s(self) -> float:
+        """Seconds on the measured clock, which the first call sets going."""
+        now = time.perf_counter()
+        if self.started_at is None:
+            self.started_at = now - self.progress.measured_s
+        return now - self.started_at
 
     def _save_due(self) -> bool:
         every = self.limits.checkpoint_steps
@@ -164,7 +172,7 @@ class Trainer:
         if not math.isfinite(progress.eval_loss):
             raise DivergedError(f"the loss over the held-out images is {progress.eval_loss} after step {progress.step}")
         now = time.perf_counter()
-        progress.measured_s = now - self._started_at
+        progress.measured_s = self.elapsed_s()
         return EvalRecord(
             step=progress.step,
             epoch=progress.step / self.order.steps_per_epoch,
@@ -264,7 +272,7 @@ class Trainer:
         progress.step += 1
         self.clock.advance_step()
         now = time.perf_counter()
-        progress.measured_s = now - self._started_at
+        progress.measured_s = self.elapsed_s()
         images = order.images((progress.step - 1) % order.steps_per_epoch, self.damage.lost(progress.step))
         return StepRecord(
             step=progress.step,
