@@ -3,6 +3,7 @@
 Records are the same on all workers, but for this machine's seconds.
 """
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -93,6 +94,18 @@ class Wish(IntEnum):
     PAUSE = 1
     """Leave the loop, as it is, for a change of workers."""
     SAVE = 2
+
+
+def due(step: int, last_step: int, steps_per_epoch: int, every: float, offset: float) -> bool:
+    """Whether what happens every so many epochs, first at `offset`, falls on this step; always at the last one."""
+    if step == 0:
+        return False
+    if step >= last_step:
+        return True
+    if every <= 0:
+        return False
+    count = math.floor((step / steps_per_epoch - offset) / every + 1e-9)
+    return count >= 0 and step == math.ceil((offset + count * every) * steps_per_epoch - 1e-9)
 
 
 def as_record(values: dict) -> StepRecord | EvalRecord:

@@ -33,7 +33,7 @@ from train.models.chip_norm import ChipPass, chip_moments, evaluation_moments
 from train.models.damage import Damage, frozen_statistics, group_of, without
 from train.optim.update import DivergedError, WeightUpdate
 from train.precision import Precision
-from train.progress import EvalRecord, Limits, Progress, StepRecord, Wish, as_record, doing
+from train.progress import EvalRecord, Limits, Progress, StepRecord, Wish, as_record, doing, due
 from train.sim.clock import EmulatedClock
 from train.sim.timeline import Timeline
 
@@ -379,16 +379,7 @@ class Trainer:
                 yield epoch, indices.reshape(-1)
 
     def _due(self, every: float, offset: float) -> bool:
-        """Whether what happens every so many epochs, first at `offset`, falls on this step; always at the end."""
-        step, per_epoch = self.progress.step, self.order.steps_per_epoch
-        if step == 0:
-            return False
-        if step >= self.total_steps:
-            return True
-        if every <= 0:
-            return False
-        count = math.floor((step / per_epoch - offset) / every + 1e-9)
-        return count >= 0 and step == math.ceil((offset + count * every) * per_epoch - 1e-9)
+        return due(self.progress.step, self.total_steps, self.order.steps_per_epoch, every, offset)
 
 
 def chip_losses(logits: Tensor, labels: Tensor, chip_pass: ChipPass, label_smoothing: float) -> Tensor:
