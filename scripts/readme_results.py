@@ -6,7 +6,7 @@ keeps each RUN folder's env.json and result.json under docs/results/ and rewrite
 README's markers. A test calls `tables` and compares. The certificate and chaos there are outputs:
 
     python scripts/certify.py --json > docs/results/certificate.json
-    python scripts/chaos.py --kills 30 --json > docs/results/chaos.json
+    python scripts/chaos.py --kills 30 --json data.image_size=8 > docs/results/chaos.json
 """
 
 import argparse
