@@ -131,7 +131,7 @@ def chaos_table() -> str:
 
     rows = [("", "how often", "noticed within", "training again within", "steps repeated, in all")]
     for kind, found in made["by_kind"].items():
-        times = seconds(found["max_detect_s"]) if kind != "driver killed" else "started again by hand"
+        times = seconds(found["max_detect_s"]) if kind != "driver killed" else "started again from outside"
         again = seconds(found["max_recover_s"])
         rows.append((kind, str(sum(made["kills"][kind].values())), times, again, str(found["steps_repeated"])))
     equal = "equal the undisturbed run's to the bit" if made["hash_equal"] else "DIFFER from the undisturbed run's"
