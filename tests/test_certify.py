@@ -55,6 +55,7 @@ def script(ray_folder: Path, *words: str, hooks: Path | None = None) -> tuple[in
     return done.returncode, json.loads(done.stdout), done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_certifies_two_layouts(ray_folder):
     chosen = ["--layouts", "1 worker", "--layouts", "3 workers"]
     status, made, said = script(ray_folder, "max_steps=4", *chosen)

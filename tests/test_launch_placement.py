@@ -85,7 +85,9 @@ def test_what_only_the_worker_sees_is_refused_with_nothing_written(train_on_node
 @pytest.mark.parametrize(
     "overrides, named",
     [
-        ("optim=sgd schedule.base_lr=1e12 schedule.warmup_epochs=0", "DivergedError: the "),
+        pytest.param(
+            "optim=sgd schedule.base_lr=1e12 schedule.warmup_epochs=0", "DivergedError: the ", marks=pytest.mark.slow
+        ),
         ("data=imagenet data.root={photos} data.image_size=32 data.repeat=2", "unreadable image {photos}/train/"),
     ],
 )
@@ -112,6 +114,7 @@ def test_a_cluster_lacks_what_its_nodes_lack_together():
         cluster.demand([{"CPU": 1, "ascend910": 16}])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_contract_is_refused_and_the_run_left_as_it_was(train_on_nodes, tmp_path):
     words = [*ON_ONE_HOST, f"run_root={tmp_path / 'runs'}"]
     assert train_on_nodes(*words, "run=mine", "max_steps=1").returncode == 0
