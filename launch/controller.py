@@ -4,8 +4,10 @@ Survivors are not restarted: they take over the blocks of a lost worker and trai
 a new one starts beside them, and joins once it is built, at a step boundary.
 """
 
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, time
 from typing import Any
@@ -43,23 +45,25 @@ class Controller:
     def run(self, run_dir: Path, watch: Callable[[Any], None], from_step: int = 0) -> dict:
         """Train to the end; `watch` is called with rank 0's progress several times a second. Returns rank 0's result.
 
-        At a KeyboardInterrupt all workers stop after the step at hand and save; a second one ends them at once.
+        At SIGINT or SIGTERM all workers stop after the step at hand and save; at a second one KeyboardInterrupt.
         WorkerFailed and ValueError with a worker's own error: a new worker would meet it too.
         """
         self._run_dir = run_dir
+        with _interrupts() as asked:
+            return self._run(watch, from_step, asked)
+
+    def _run(self, watch: Callable[[Any], None], from_step: int, asked: list[int]) -> dict:
         self._event("attempt", step=from_step, placement=self.group.placement())
-        self.group.train(self.members, run_dir)
-        while True:
-            try:
-                while not self.turn():
-                    watch(self.group.slots[self.members[0]].progress)
-                return self.group.slots[self.members[0]].outcome
-            except KeyboardInterrupt:
-                if self._stopping:
-                    raise
+        self.group.train(self.members, self._run_dir)
+        while not self.turn():
+            watch(self.group.slots[self.members[0]].progress)
+            if len(asked) > 1:
+                raise KeyboardInterrupt
+            if asked and not self._stopping:
                 print("stopping after the step at hand, with a checkpoint; again: at once, without", file=sys.stderr)
                 self._stopping = True
                 self.group.wish(self.members, "STOP")
+        return self.group.slots[self.members[0]].outcome
 
     def turn(self) -> bool:
         """Look, decide, do; whether the training has ended."""
@@ -166,3 +170,16 @@ class Controller:
 
     def _event(self, name: str, **facts: Any) -> None:
         self._tell({"time": time(), "event": name, **facts})
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM as they come; an exception in the midst of Ray's code might get lost there."""
+    asked: list[int] = []
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.signal(number, lambda received, _: asked.append(received)) for number in numbers]
+    try:
+        yield asked
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

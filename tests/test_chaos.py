@@ -14,7 +14,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_three_kills_change_no_bit():
-    command = [sys.executable, "scripts/chaos.py", "--kills", "3", "--json", "data.image_size=8"]
+    command = [
+        sys.executable,
+        "scripts/chaos.py",
+        "--kills",
+        "3",
+        "--json",
+        "data.image_size=8",
+        "model.depth=8",
+        "max_steps=40",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)

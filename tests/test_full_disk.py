@@ -47,8 +47,8 @@ def test_rows_wait_for_room_and_tensorboard_is_made_anew(disk):
     for step in range(2, 120):  # the last page of the file takes some rows yet, and tensorboard's queue all
         callback.on_step(clock.step(step))
     callback.on_eval(clock.evaluation(119, 0.5))
-    assert len(said) == 1
-    assert said[0].endswith(": No space left on device; training goes on, and writes when there is room again")
+    told = ": No space left on device; training goes on, and writes when there is room again"
+    assert 1 <= len(said) < 10 and all(line.endswith(told) for line in said)  # once for each time that room ran out
     assert len(list(read_rows(disk))) < 120
     filling.unlink()
     callback.on_step(clock.step(120))

@@ -74,7 +74,7 @@ def test_the_script_runs_the_command_alone_whatever_is_in_it_and_passes_its_exit
     job.add(command=command)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     script = jobs_slurm.script(job)
-    done = subprocess.run(["bash"], input=script, cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(["bash"], input=script, cwd=tmp_path, capture_output=True, text=True, timeout=90)
     assert done.returncode == 3, done.stderr
     assert (tmp_path / "told").read_text().split("\0")[:-1] == command[1:]
     assert (job.folder / "exit_code").read_text() == "3\n"
