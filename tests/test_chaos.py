@@ -24,7 +24,7 @@ def test_three_kills_change_no_bit():
         "model.depth=8",
         "max_steps=40",
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
     assert made["hash_equal"] is True and len(made["strikes"]) == 3
