@@ -222,6 +222,8 @@ class Worker:
             self._build()
             self.bank.clear()
             defects: list[str] = []
+            if self.writer:
+                self.writer.settle()  # the one under way may be the newest
             found = newest_sound(checkpoints, defects.append) if group.rank == 0 else None
             (path, *_) = gather(group, None if found is None else str(found), self.device)
             self._take(membership, group)
@@ -267,8 +269,6 @@ class Worker:
         """Of all chips' statistics, those that a rank holds."""
         chips, span = self._chips(rank, shares), self.config["bn_span"]
         return range(chips.start // span, chips.stop // span)
-
-    # ---- training ----
 
     def train(self, run_dir: Path) -> dict:
         """Train on; rank 0 writes metrics and checkpoints into `run_dir`. Returns what result.json needs.

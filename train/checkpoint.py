@@ -87,6 +87,10 @@ class Writer:
         if self._failure is not None:
             raise self._failure
 
+    def settle(self) -> None:
+        """Return when nothing is being written, however that ended."""
+        self._join()
+
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
