@@ -368,8 +368,8 @@ def check_training(config: dict) -> None:
         return
     if config["numerics"] == "exact":
         raise ValueError(
-            f"gradient_sum={rounded}: numerics=exact sums in full precision and refuses compression; use numerics=fast, "
-            "or gradient_sum=fp32"
+            f"gradient_sum={rounded}: numerics=exact sums in full precision and refuses compression; use "
+            "numerics=fast, or gradient_sum=fp32"
         )
     if config["wire_dtype"] not in WIRE_BYTES:
         raise ValueError(f"wire_dtype={config['wire_dtype']}: use one of {', '.join(WIRE_BYTES)}")
