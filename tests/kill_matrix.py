@@ -45,7 +45,7 @@ PHASES = (
     "close",
 )
 NAMES = {"large": "all_reduce", "asynchronous": "all_reduce", "subgroup": "connect", "idle": "all_reduce"}
-SEVERAL = {"send": ("send", "recv"), "overlapped": ("all_reduce", "sum_shared", "shared")}
+SEVERAL = {"send": ("send", "recv"), "overlapped": ("all_reduce", "sum_shared", "shared", "connect")}
 
 
 def die(store: Any) -> None:

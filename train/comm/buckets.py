@@ -84,7 +84,10 @@ class InThread:
     def check(self) -> None:
         if self._error is not None:
             error, self._error = self._error, None
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # it knows this frame: no cycle may keep alive what the function held
 
     def join(self) -> None:
         if self._thread is not None:
