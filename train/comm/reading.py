@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 256 << 10
+BLOCK_BYTES = 512 << 10
 """What is read and added at a time; two of them stay in a core's cache."""
 MAGIC = 0x5EED_2F0B_41C7_9D36
 

@@ -24,6 +24,8 @@ from train.comm.turns import Turns, check_rank, check_summed, flat
 IN_HAND = 3
 SMALL_BYTES = 32 << 10
 """Up to here every rank adds up everything by itself, which saves a barrier."""
+FEW = 8
+"""Workers up to which a group takes much memory for each."""
 READ_FROM_BYTES = 512 << 10
 """From here on a buffer is read from where it lies."""
 BLOCK_BYTES = 128 << 10
@@ -56,8 +58,10 @@ class ShmGroup:
         if not device.startswith("cpu"):
             raise ValueError(f"backend=shm moves CPU memory only, and device={device}; use backend=nccl or device=cpu")
         alone = world_size <= len(os.sched_getaffinity(0))
-        if piece_kib is None:  # where workers share processors, each barrier costs them turns: fewer of them
-            piece_kib = 1024 if alone else 4096
+        if piece_kib is None:
+            # What a core has just written is slow to read for another one, and a barrier costs workers that share
+            # processors their turns: large pieces, as far as memory goes.
+            piece_kib = 1024 if alone and world_size > FEW else 4096
         if piece_kib < 64:
             raise ValueError(f"backend.piece_kib={piece_kib} must be at least 64")
         self.rank, self.world_size = rank, world_size
