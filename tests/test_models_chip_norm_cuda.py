@@ -88,7 +88,9 @@ def test_kernels_compute_torchs_batch_norm_of_each_group(kernels, shape):
     for residual, relu in ((False, False), (True, True)) if device == "cpu" else product_of_flags():
         given = tensors(groups, *sizes, torch.float32, device)
         found, wanted = computed(kernels, given, groups, residual, relu), expected(given, groups, residual, relu)
-        assert max(map(error, found, wanted)) < 3e-6, (residual, relu)
+        errors = list(map(error, found, wanted))
+        assert max(errors[:4]) < 3e-6, (residual, relu, errors)
+        assert max(errors[4:]) < 3e-5, (residual, relu, errors)  # sums whose terms cancel
 
 
 @devices("an odd number of channels")

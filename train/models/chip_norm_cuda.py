@@ -216,7 +216,7 @@ class _Normalise(torch.autograd.Function):
         shape = _Shape(images, groups)
         tile = {"BR": shape.tile_rows, "BC": shape.columns}
         partial = weight.new_empty(groups, shape.splits, 2, shape.channels)
-        mean, var, rstd = weight.new_empty(3, groups, shape.channels).unbind()
+        mean, var, rstd = (weight.new_empty(groups, shape.channels) for _ in range(3))  # the caller may change var
         _moments[shape.of_sums](images, partial, shape.rows, shape.channels, shape.chunk, **tile)
         _merged[shape.of_groups](
             partial, mean, var, rstd, shape.rows, shape.channels, shape.chunk, shape.splits, eps, BC=shape.columns
