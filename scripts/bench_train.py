@@ -318,7 +318,7 @@ def step_line(row: dict) -> str:
     forms = ", ".join(f"{name} {rate:.2f}" for name, rate in row["bare_loop_forms_images_per_s"].items())
     ratios = ", ".join(f"{row[key]:.2f} {key} (at least {least})" for key, least in TARGETS.items())
     return (
-        f"{row['chips']} x {row['chip_batch']} images: ours {row['harness_images_per_s']:.2f} a second, bare loop {forms}, "
+        f"{row['chips']} x {row['chip_batch']} images: {row['harness_images_per_s']:.2f} images/s, bare loop {forms}, "
         f"reference {row['reference_images_per_s']:.2f}, matmul limit {row['matmul_limit_images_per_s']:.1f} "
         f"({row['matmul_gflops_per_s']:.0f} GFLOP/s)\n    {ratios}"
     )

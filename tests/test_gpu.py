@@ -23,7 +23,7 @@ def run(path, *overrides: str, device: str = "cuda") -> dict:
     """A run's result and the losses of its steps."""
     path.mkdir()
     outcome = run_worker(tiny(*overrides), WorkerContext(device=device), path)
-    losses = [row["loss"] for row in read_rows(path) if row["kind"] == "step"]
+    losses = [row["values"]["train/loss"] for row in read_rows(path) if row["kind"] == "step"]
     return outcome | {"losses": losses}
 
 

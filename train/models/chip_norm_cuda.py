@@ -20,6 +20,7 @@ TILE = 4096
 """Values that a program holds at once."""
 WIDEST = 128
 """Channels of a tile at most: whole cache lines, and enough rows to be added up in registers."""
+WARPS = 4
 PROGRAMS = 1024
 """What the rows are split for where chips and channels alone don't make so many; a constant, so that the order of sums
 does not depend on the GPU."""
@@ -194,6 +195,7 @@ class _Shape:
         splits = min(triton.cdiv(PROGRAMS, groups * self.parts), tiles)
         self.chunk = triton.cdiv(tiles, splits) * self.tile_rows
         self.splits = triton.cdiv(self.rows, self.chunk)
+        self.tile = {"BR": self.tile_rows, "BC": self.columns, "num_warps": WARPS}
 
     @property
     def of_sums(self) -> tuple[int, int, int]:
@@ -214,7 +216,7 @@ class _Normalise(torch.autograd.Function):
         ctx, images: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, groups: int, relu: bool
     ):
         shape = _Shape(images, groups)
-        tile = {"BR": shape.tile_rows, "BC": shape.columns}
+        tile = shape.tile
         partial = weight.new_empty(groups, shape.splits, 2, shape.channels)
         mean, var, rstd = (weight.new_empty(groups, shape.channels) for _ in range(3))  # the caller may change var
         _moments[shape.of_sums](images, partial, shape.rows, shape.channels, shape.chunk, **tile)
@@ -240,7 +242,7 @@ class _Normalise(torch.autograd.Function):
         images, weight, bias, mean, rstd, output = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         shape = _Shape(images, ctx.groups)
-        tile = {"BR": shape.tile_rows, "BC": shape.columns}
+        tile = shape.tile
         moments = mean, rstd, weight, bias
         partial = weight.new_empty(ctx.groups, shape.splits, 2, shape.channels)
         passed = torch.empty_like(gradient) if ctx.relu and ctx.residual else gradient
