@@ -10,6 +10,7 @@ from torch.nn import functional
 SHAPES = {  # groups, images of each, channels, height = width
     "an odd number of channels": (2, 3, 24, 4),
     "several tiles": (2, 2, 160, 9),
+    "even tiles": (2, 2, 64, 8),
 }
 GPU_SHAPES = {
     "one pixel": (3, 4, 512, 1),
