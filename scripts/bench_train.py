@@ -88,6 +88,7 @@ def harness(
 
     from train.callbacks import Callback, MetricsCallback
     from train.comm.aggregation import SumAggregator
+    from train.comm.buckets import Afterwards, GradientSums
     from train.comm.groups import SingleGroup
     from train.data.order import Order
     from train.data.synthetic import Synthetic
@@ -138,7 +139,10 @@ def harness(
         device=device,
     )
     passes = plan_passes(keys, chips, range(chips), room)
-    trainer.take(Part(group, SumAggregator(group), SumAggregator(group), None, passes))
+    sums = GradientSums(
+        trainer.parameters, [len(trainer.parameters)], partial(SumAggregator, group), SumAggregator(group), Afterwards()
+    )
+    trainer.take(Part(group, sums, SumAggregator(group), None, passes))
     with tempfile.TemporaryDirectory() as folder:
         trainer.train([MetricsCallback([JsonlSink(folder)]), Paced()], save=partial(max, 0))
 

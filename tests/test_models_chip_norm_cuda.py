@@ -14,9 +14,9 @@ SHAPES = {  # groups, images of each, channels, height = width
 }
 GPU_SHAPES = {
     "one pixel": (3, 4, 512, 1),
-    "the stem's": (2, 16, 64, 112),
+    "the stem's": (2, 4, 64, 112),
     "many chips": (256, 2, 128, 4),
-    "the last": (8, 32, 2048, 7),
+    "the last": (4, 8, 2048, 7),
 }
 
 
