@@ -28,12 +28,13 @@ from train.comm.aggregation import Aggregator
 from train.comm.backup import Backup
 from train.comm.buckets import GradientSums, taken
 from train.comm.groups import Group, PeerLost
+from train.compute import Compute
 from train.data.loader import Prefetcher
 from train.data.order import Order, eval_batches
 from train.data.source import Source
 from train.models.chip_norm import ChipPass, chip_moments, evaluation_moments
-from train.models.damage import Damage, frozen_statistics, group_of, without
-from train.optim.update import DivergedError, WeightUpdate
+from train.models.damage import Damage, frozen_statistics, group_of
+from train.optim.update import DivergedError, WeightUpdate, norm_of
 from train.precision import Precision
 from train.progress import EvalRecord, Limits, Progress, StepRecord, Wish, as_record, doing, due
 from train.sim.clock import EmulatedClock
@@ -95,6 +96,7 @@ class Trainer:
         self.clock, self.limits, self.precision, self.timeline = clock, limits, precision, timeline
         self.label_smoothing, self.device = label_smoothing, device
         self.parameters = list(model.parameters())
+        self.compute = Compute(model, label_smoothing, precision, device)
         self.progress = Progress()
         self.recent: deque[StepRecord | EvalRecord] = deque(maxlen=NUM_RECENT)
         self.wishes = wishes or {wish: threading.Event() for wish in Wish}
@@ -270,8 +272,12 @@ class Trainer:
         progress, order = self.progress, self.order
         learning_rate = self.schedule((progress.step + 1) / order.steps_per_epoch)
         scale = None if self.update.loss_scale.off else self.update.loss_scale.value
-        gradients, loss, correct = self._mean_gradients(loader)
-        grad_norm = self.update.apply(gradients, loss, learning_rate, progress.step + 1)
+        gradients, outcome = self._mean_gradients(loader)
+        norm = norm_of(gradients)
+        loss, correct, *granted = outcome.tolist()
+        self._granted = {wish for wish in Wish if granted[wish]}
+        loss /= self._living(progress.step + 1)
+        grad_norm = self.update.apply(gradients, loss, learning_rate, progress.step + 1, norm)
         progress.step += 1
         self.clock.advance_step()
         now = time.perf_counter()
@@ -296,8 +302,9 @@ class Trainer:
             faults=self.clock.fault_values(),
         )
 
-    def _mean_gradients(self, loader: Prefetcher) -> tuple[list[Tensor], float, float]:
-        """(Gradients of the mean over all chips of each chip's mean loss, that loss, all chips' correct answers)."""
+    def _mean_gradients(self, loader: Prefetcher) -> tuple[list[Tensor], Tensor]:
+        """(Gradients of the mean over all chips of each chip's mean loss, [sum of those losses, all chips' correct
+        answers, granted wishes])."""
         doing("backward")
         wishes, step = [float(wish) for wish in self._wishes()], self.progress.step + 1
         with self.precision.autocast(self.device):  # around all passes, so that the weights are cast once
@@ -312,9 +319,10 @@ class Trainer:
                 if last and self.backup:
                     self.gradients.first(partial(self.backup.exchange, step, self.gathered_statistics()))
                 flips = list(self.damage.flips(step, chip_pass))
-                with self.gradients.as_they_come(block, outcome) if last and not flips else nullcontext():
-                    (loss * self.update.loss_scale.value).backward()
-                if flips or not last:
+                beside = last and not flips and not self.compute.records
+                with self.gradients.as_they_come(block, outcome) if beside else nullcontext():
+                    self.compute.backward(loss)
+                if not beside:
                     contribution = taken(self.parameters)
                     for flip in flips:
                         flip.apply(contribution, self._gradients_of(flip.chip, chip_pass, images, labels))
@@ -322,11 +330,8 @@ class Trainer:
         doing("all-reduce")
         gradients, outcome = self.gradients.total()
         doing("update")
-        loss, correct, *granted = outcome.tolist()
-        self._granted = {wish for wish in Wish if granted[wish]}
-        living = self._living(step)
-        gradients = torch._foreach_div(gradients, living * self.update.loss_scale.value)  # the sum is read only
-        return gradients, loss / living, correct
+        divisor = self._living(step) * self.update.loss_scale.value
+        return torch._foreach_div(gradients, divisor), outcome  # the sum itself is to be read only
 
     def _sized(self, chip_pass: ChipPass) -> ChipPass:
         """With the number of images of each chip where the step at hand is an epoch's last and smaller one."""
@@ -344,7 +349,7 @@ class Trainer:
         others = [one for one in range(span) if alone.first + one != chip]
         with frozen_statistics(self.model, [(alone.first - self.first_chip) // span]):
             loss, _ = self._forward(alone, images[rows], labels[rows], others)
-        (loss * self.update.loss_scale.value).backward()
+        self.compute.backward(loss)
         return taken(self.parameters)
 
     def _wishes(self) -> list[bool]:
@@ -362,13 +367,8 @@ class Trainer:
 
         `lost`: the chips of the pass, counted from its first, that have no part in it.
         """
-        self.model.chip_pass.first = chip_pass.first - self.first_chip
-        self.model.chip_pass.count, self.model.chip_pass.sizes = chip_pass.count, chip_pass.sizes
-        logits = self.model(images).float()
-        if lost:
-            logits, labels, chip_pass = without(lost, logits, labels, chip_pass)
-        loss = chip_losses(logits, labels, chip_pass, self.label_smoothing)
-        return loss, (logits.detach().argmax(1) == labels).sum().to(loss.dtype)
+        own = replace(chip_pass, first=chip_pass.first - self.first_chip)
+        return self.compute.forward(own, images, labels, self.update.loss_scale.value, lost)
 
     def _batches(self) -> Iterator[tuple[int, np.ndarray]]:
         """(epoch, sample indices) of every pass still to come."""
@@ -380,18 +380,3 @@ class Trainer:
 
     def _due(self, every: float, offset: float) -> bool:
         return due(self.progress.step, self.total_steps, self.order.steps_per_epoch, every, offset)
-
-
-def chip_losses(logits: Tensor, labels: Tensor, chip_pass: ChipPass, label_smoothing: float) -> Tensor:
-    """The sum over a pass's chips of each chip's own mean cross-entropy, a scalar in the dtype of the logits.
-
-    `logits` [images, classes] in float32 or float64 and `labels` [images] lie chip after chip.
-    """
-    if not chip_pass.count:
-        return logits.sum()  # of none: 0, and so are its gradients
-    if chip_pass.sizes is None:
-        total = functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
-        return total / (len(labels) // chip_pass.count)
-    losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
-    sizes = torch.tensor(chip_pass.sizes, device=losses.device)
-    return (losses / sizes.repeat_interleave(sizes)).sum()
