@@ -47,7 +47,9 @@ PATIENCE_S = 600.0
 
 def config_of(workers: int, image_size: int, chip_batch: int, rounds: int, mesh: str = "localhost") -> dict:
     """The training of real steps: ours with the default optimizer on synthetic images, a chip for each worker."""
-    own = [f"mesh.axes.host={workers}", "wire_dtype=fp32"] if mesh == "localhost" else []
+    own = []
+    if mesh == "localhost":  # before there is a file, and as it will say
+        own = [f"mesh.axes.host={workers}", "wire_dtype=fp32", "chip.bucket_ends=[]"]
     return compose(
         [
             "experiment=synthetic",
