@@ -22,7 +22,7 @@ from train.emulator import make
 from train.memory import keep_freed_memory
 from train.models.chip_norm import ChipBatchNorm2d, ChipPass, allocate_chips
 from train.models.conv import Conv2d
-from train.models.resnet import BasicBlock, Bottleneck, MaxPool2d
+from train.models.resnet import MaxPool2d
 from train.precision import Precision, choose_precision, describe_device
 
 NUM_TENSORS = 162
@@ -73,21 +73,19 @@ def distinct_layers(model: dict, num_classes: int, image_size: int, batch: int) 
     found: Counter[Layer] = Counter()
     with torch.device("meta"):
         network = make(model, num_classes=num_classes).eval()
-    last_norms = {block.last_norm for block in network.modules() if isinstance(block, BasicBlock | Bottleneck)}
 
     def watch(name: str, module: nn.Module) -> Callable:
-        def seen(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def seen(_: nn.Module, inputs: tuple[Tensor, ...], beside: dict, output: Tensor) -> None:
             shape = tuple(inputs[0].shape)
             if isinstance(module, Conv2d):
                 kernel, stride = module.kernel_size[0], module.stride[0]
                 found[Layer("convolution", shape, module.out_channels, kernel, stride)] += 1
             elif isinstance(module, ChipBatchNorm2d):
                 found[Layer("batch norm", shape)] += 1
-                if name.rpartition(".")[2].startswith("bn") and module not in last_norms:
+                if beside.get("residual") is not None:
+                    found[Layer("sum", shape)] += 1
+                if beside.get("relu"):
                     found[Layer("relu", shape)] += 1
-            elif isinstance(module, BasicBlock | Bottleneck):
-                found[Layer("sum", tuple(output.shape))] += 1
-                found[Layer("relu", tuple(output.shape))] += 1
             elif isinstance(module, MaxPool2d):
                 found[Layer("max pool", shape)] += 1
             elif name == "layer4":
@@ -96,7 +94,7 @@ def distinct_layers(model: dict, num_classes: int, image_size: int, batch: int) 
         return seen
 
     for name, module in network.named_modules():
-        module.register_forward_hook(watch(name, module))
+        module.register_forward_hook(watch(name, module), with_kwargs=True)
     with torch.no_grad():
         network(torch.zeros(batch, 3, image_size, image_size, device="meta"))
     return found
