@@ -1,6 +1,7 @@
 """Measures this machine, writes it down as a chip and a mesh, and holds what they predict against real training steps.
 
-    python scripts/calibrate.py [--json] [--quick] [--run-root runs] [--chip-batch 16] [--rounds 4] [--threads N]
+    python scripts/calibrate.py [--json] [--quick] [--docs] [--run-root runs] [--chip-batch 16] [--rounds 4]
+                                [--threads N]
 
 For one worker with all threads, and for two that share them and compute at the same time: matmul, copy, every distinct
 convolution and every other layer of ResNet-50, and between two workers the all-reduce at several sizes; all by
@@ -29,20 +30,20 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from launch.compose import compose  # noqa: E402
+from scripts.calibrate_report import IMAGE_SIZE, WORKERS, page, report  # noqa: E402
 from train import emulator  # noqa: E402
 from train.metrics import write_aside  # noqa: E402
 from train.sim.workload import resnet as table_of_resnet  # noqa: E402
 
-WORKERS = {1: "one_worker", 2: "two_workers"}
-IMAGE_SIZE, OTHER_IMAGE_SIZE, QUICK_IMAGE_SIZE = 224, 64, 32
+OTHER_IMAGE_SIZE, QUICK_IMAGE_SIZE = 64, 32
 MATMUL_SIZE, QUICK_MATMUL_SIZE = 2048, 256
 ALL_REDUCE_BYTES = (1 << 16, 1 << 20, 1 << 23, 1 << 25, 102_228_128)  # the last: ResNet-50's gradients in fp32
 GRADIENT_PASSES = 3
 """A parameter's gradient is read and written where the sum becomes the mean, and read for its norm."""
 IMAGE_PASSES = 2
 """Synthetic images are read from a strip and written."""
-AIM = 0.1
 PATIENCE_S = 600.0
+PAGE = ROOT / "docs" / "calibration.md"
 
 
 def config_of(workers: int, image_size: int, chip_batch: int, rounds: int, mesh: str = "localhost") -> dict:
@@ -332,44 +333,6 @@ def calibrate(options: argparse.Namespace, folder: Path, tick: Callable[[str], N
     return result
 
 
-def report(result: dict) -> str:
-    """What was measured, class by class, and predicted beside measured."""
-    lines = [f"{result['device']}, {result['cores']} cores, {result['date']}", ""]
-    for name, found in result["machine"].items():
-        lines.append(
-            f"{name.replace('_', ' ')}, {found['threads']} thread(s) each: matmul {found['matmul_per_s'] / 1e9:.1f} "
-            f"GFLOP/s in {found['precision']}, copy {found['copy_per_s'] / 1e9:.2f} GB/s"
-        )
-    link = result["link"]
-    lines.append(f"all-reduce: {link['latency_s'] * 1e6:.0f} us a message, {link['bytes_per_s'] / 1e9:.2f} GB/s")
-    for case in result["cases"]:
-        found = result["machine"][WORKERS[case["workers"]]]
-        lines += ["", f"{title(case)}: the layers of a step, each timed alone"]
-        for kind, own in case["classes"].items():
-            limit, unit = ("matmul", "flops") if own["flops"] else ("copy", "bytes")
-            rate = own[unit] / own["seconds"]
-            share = f"{100 * rate / found[f'{limit}_per_s']:5.1f} % of {limit}"
-            words = f"{rate / 1e9:7.2f} {'GFLOP/s' if own['flops'] else 'GB/s':<7} {share}"
-            lines.append(f"  {kind:<12} {own['layers']:>3} {own['seconds']:>9.4f} s  {words}")
-    head = f"{'a step of ResNet-50':<36} {'predicted':>11} {'measured':>11} {'error':>8}   by its own layers"
-    lines += ["", head]
-    for case in result["cases"]:
-        judged = "" if result["quick"] or abs(case["error"]) <= AIM else f"   MISSED: the aim is {100 * AIM:g} %"
-        lines.append(
-            f"{title(case):<36} {case['predicted_s']:>9.4f} s {case['measured_s']:>9.4f} s "
-            f"{100 * case['error']:>+6.1f} %   {case['layers_predicted_s']:.4f} s {100 * case['layers_error']:+.1f} %"
-            f"{judged}"
-        )
-    lines += ["", "predicted is emulated, from chip and mesh file alone; measured are medians of the trainer's steps"]
-    lines += [f"python -m launch.emulate mesh={files['mesh']} chip_batch_size=16" for files in result["files"].values()]
-    return "\n".join(lines)
-
-
-def title(case: dict) -> str:
-    workers = f"{case['workers']} worker{'s' if case['workers'] > 1 else ''}"
-    return f"{workers}, {case['chip_batch']} images of {case['image_size']} px"
-
-
 def ticking(pieces: int) -> tuple[Callable[[str], None], Callable[[], None]]:
     """(tick, end): a bar on stderr."""
     from rich.console import Console
@@ -390,11 +353,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--chip-batch", type=int, help="images a worker and step at 224 pixels (default 16; quick: 4)")
     parser.add_argument("--rounds", type=int, help="timed steps, and timings of each layer (default 4; quick: 1)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of all workers together")
+    parser.add_argument("--docs", action="store_true", help="write the figures into docs/calibration.md as well")
     options = parser.parse_args(argv)
     options.chip_batch = options.chip_batch or (4 if options.quick else 16)
     options.rounds = options.rounds or (1 if options.quick else 4)
     if min(options.chip_batch - 1, options.rounds, options.threads) < 1:
         parser.error("--chip-batch must be at least 2, --rounds and --threads at least 1")
+    if options.docs and options.quick:
+        parser.error("--docs is for a whole calibration: leave out --quick")
     folder = (options.run_root / "calibration" / time.strftime("%Y%m%d-%H%M%S")).absolute()
     sizes = 1 if options.quick else 2
     tick, end = ticking(2 * sizes * (options.rounds + 1) + 1)
@@ -406,6 +372,8 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         end()
     assert all(math.isfinite(case["error"]) for case in result["cases"])
+    if options.docs:
+        write_aside(PAGE, page(PAGE.read_text(encoding="utf-8"), result))
     print(json.dumps(result) if options.json else report(result))
     return 0
 

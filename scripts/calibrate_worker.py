@@ -1,7 +1,8 @@
 """What one process of scripts/calibrate.py measures: the machine's rates, every distinct layer of a ResNet, real steps.
 
-A layer is timed by itself, forward and backward. In between, as much memory is copied as pushes what the forward pass
-has left out of the caches, because in a real step the backward pass comes long after; the gradient is fresh, as there.
+A layer is timed by itself, forward and backward, each with its code warm, as in a step. In between, as much memory is
+copied as pushes what the forward pass has left out of the caches, because in a step the backward pass comes long after;
+the gradient is fresh, as there. What it takes to call for a backward pass at all, once a step, is taken off.
 All processes of a run do the same at the same time, so that each finds the memory as busy as in training.
 """
 
@@ -106,6 +107,7 @@ class Bench:
     def __init__(self, precision: Precision, largest: int) -> None:
         self.precision = precision
         self._pool = torch.rand(largest).sub_(0.5).to(precision.dtype)
+        self._nothing, self._one = torch.ones(1, requires_grad=True), torch.ones(1)
         self._old, self._new = (torch.ones(FLUSH_BYTES // 4) for _ in range(2))
 
     def copy_s(self) -> tuple[float, float]:
@@ -137,14 +139,24 @@ class Bench:
         run = self._made(layer)
         images.requires_grad_(not layer.first)
         with self.precision.autocast("cpu"):
+            with torch.no_grad():
+                run(images)
             started = time.perf_counter()
             result = run(images)
             forward = time.perf_counter() - started
         self.copy_s()
         gradient = self._fresh(tuple(result.shape)) if result.dim() == 4 else torch.ones_like(result)
+        nothing = min(self._call_s() for _ in range(3))
         started = time.perf_counter()
         result.backward(gradient)
-        return forward + time.perf_counter() - started
+        return forward + max(0.0, time.perf_counter() - started - nothing)
+
+    def _call_s(self) -> float:
+        """Seconds of a backward pass through nothing."""
+        result = self._nothing.view(-1)
+        started = time.perf_counter()
+        result.backward(self._one)
+        return time.perf_counter() - started
 
     def _made(self, layer: Layer) -> Callable[[Tensor], Tensor]:
         channels = layer.shape[1]

@@ -139,11 +139,48 @@ def test_the_real_steps_are_the_trainer_s_with_a_chip_for_each_worker():
     assert config["max_steps"] == 5 and config["data"]["num_eval"] == 1
 
 
-@pytest.mark.parametrize("wrong", [["--chip-batch", "1"], ["--threads", "0"], ["--rounds", "-1"]])
+CASE = {
+    "workers": 1,
+    "image_size": 224,
+    "chip_batch": 16,
+    "predicted_s": 3.3,
+    "measured_s": 2.9,
+    "error": 3.3 / 2.9 - 1,
+    "layers_predicted_s": 2.9,
+    "layers_error": 0.0,
+    "classes": {"convolution": {"layers": 53, "seconds": 2.0, "flops": 1e11, "bytes": 0.0}},
+}
+RESULT = {
+    "device": "a CPU",
+    "cores": 2,
+    "date": "2026-01-01 12:00",
+    "rounds": 4,
+    "quick": False,
+    "link": {"latency_s": 1e-5, "bytes_per_s": 1e9},
+    "machine": {"one_worker": {"threads": 2, "precision": "fp32", "matmul_per_s": 1e11, "copy_per_s": 1e10}},
+    "files": {},
+    "cases": [CASE, CASE | {"image_size": 64}],
+}
+
+
+def test_a_miss_is_named_on_the_page_and_in_the_report():
+    text = calibrate.page(calibrate.PAGE.read_text(encoding="utf-8"), RESULT)
+    assert "not measured yet" not in text and text.count("MISSED") == 1  # at 64 pixels there is no aim
+    assert "| 1 worker, 16 images of 224 px | 3.300 s | 2.900 s | +13.8 % | 2.900 s | +0.0 % | **MISSED**" in text
+    assert "| convolution | 2.0000 s, 50 % of matmul |" in text
+    assert calibrate.page(text, RESULT) == text
+    assert calibrate.report(RESULT).count("MISSED") == 1
+    fine = RESULT | {"cases": [CASE | {"error": 0.05}]}
+    assert "MISSED" not in calibrate.report(fine) and "within the aim" in calibrate.report(fine)
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--chip-batch", "1"], ["--threads", "0"], ["--rounds", "-1"], ["--quick", "--docs"]]
+)
 def test_bad_numbers_are_refused(wrong, capsys):
     with pytest.raises(SystemExit) as refused:
         calibrate.main(wrong)
-    assert refused.value.code == 2 and "must be at least" in capsys.readouterr().err
+    assert refused.value.code == 2 and "--" in capsys.readouterr().err
 
 
 @pytest.mark.slow
