@@ -32,7 +32,10 @@ def report(result: dict) -> str:
             f"   {judged(case)}".rstrip()
         )
     lines += ["", "predicted is emulated, from chip and mesh file alone; measured are medians of the trainer's steps"]
-    lines += [f"python -m launch.emulate mesh={files['mesh']} chip_batch_size=16" for files in result["files"].values()]
+    for files in result["files"].values():
+        lines.append(
+            f"python -m launch.emulate mesh={files['mesh']} chip_batch_size={result['cases'][0]['chip_batch']}"
+        )
     return "\n".join(lines)
 
 

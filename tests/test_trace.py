@@ -204,6 +204,16 @@ def test_each_link_class_has_a_lane_and_carries_each_step_s_buckets(machine, lan
     assert step.exposed_comm_s > 0
 
 
+def test_links_that_outlast_the_step_are_cut_so_that_the_next_one_s_fit():
+    parts = [trace.Part("roce", 0.0, 0.75), trace.Part("roce", 0.75, 0.5), trace.Part("roce", 1.25, 0.5)]
+    priced = StepTime(1.0, 0.0, 0.0, 0.0, 0.0)
+    drawn = trace.Drawing(priced, emulator_trace.CHIP_LANES, [], "links", {"roce": "roce"}, parts)
+    values = {"emulated/step_s": 1.0, "emulated/compute_s": 1.0, "measured/step_s": 1.0}
+    rows = [{"step": n, "epoch": 0.1, "measured_s": 2.0 * n, "emulated_s": 1.0 * n, "values": values} for n in (1, 2)]
+    found = checked(trace.dumps(rows, [], "run", drawn))[trace.LINKS, "roce"]
+    assert [(event["ts"], event["dur"]) for event in found[:3]] == [(0.0, 0.75e6), (0.75e6, 0.25e6), (1e6, 0.75e6)]
+
+
 def test_a_step_of_another_price_is_drawn_by_its_row_without_links(lanes):
     assert not any(of_step(events, OTHER_PRICE) for (process, _), events in lanes.items() if process == trace.LINKS)
     assert seconds(of_step(lanes[trace.EMULATED, "compute"], OTHER_PRICE)) == 1.0

@@ -19,8 +19,8 @@ from train.trace import Drawing, Part, process_names
 NUM_STEPS = 3
 ALL_CHIPS = 8
 """Up to so many chips every one is drawn; of more the first, the last, and step 1's slowest and fastest."""
-MOST_GROUPS = 500
-"""Of rounds of one all-reduce that are drawn apart."""
+MOST_GROUPS, MOST_GROUPS_OF_A_RUN = 500, 16
+"""Of rounds of one all-reduce that are drawn apart, in few steps and in the many of a run's trace."""
 
 LINKS, MEAN_CHIP = 1, 2  # process ids; the chosen chips follow
 CHIP_LANES = {
@@ -41,7 +41,7 @@ def dumps(made: Emulator, seed: int = 0, steps: int = NUM_STEPS) -> str:
 
 def events(made: Emulator, seed: int = 0, steps: int = NUM_STEPS) -> list[dict]:
     """Trace events of the first `steps` steps, from 0 on."""
-    late, drawn = lateness(made, seed, steps), drawing(made)
+    late, drawn = lateness(made, seed, steps), drawing(made, MOST_GROUPS)
     period = max([drawn.step.step_s, *(part.begin_s + part.seconds for part in drawn.links)])
     found = process_names(LINKS, drawn.title, drawn.link_lanes)
     for number in range(steps):
@@ -58,20 +58,22 @@ def events(made: Emulator, seed: int = 0, steps: int = NUM_STEPS) -> list[dict]:
     return found
 
 
-def drawing(made: Emulator) -> Drawing:
+def drawing(made: Emulator, most_groups: int = MOST_GROUPS_OF_A_RUN) -> Drawing:
     """One step of the machine, every chip as late as the mean one."""
     lanes = {"all_reduce": "all-reduce"} | {link.name: link.name for link in made.mesh.topology.link_classes}
     title = f"links of {made.mesh.name}, {made.plan.name} (all groups alike)"
-    return Drawing(made.step(made.global_batch_size), CHIP_LANES, chip_parts(made), title, lanes, link_parts(made))
+    return Drawing(
+        made.step(made.global_batch_size), CHIP_LANES, chip_parts(made), title, lanes, link_parts(made, most_groups)
+    )
 
 
-def link_parts(made: Emulator) -> list[Part]:
+def link_parts(made: Emulator, most_groups: int) -> list[Part]:
     """The all-reduce of each bucket, and the link classes that are busy with it."""
     found = []
     for bucket, (begin, seconds, nbytes) in enumerate(_reduces(made), 1):
         args = {"bucket": bucket, "bytes": nbytes}
         found.append(Part("all_reduce", begin, seconds, f"bucket {bucket}", args))
-        for length, busy, rounds in _groups(made, nbytes):
+        for length, busy, rounds in _groups(made, nbytes, most_groups):
             words = f"{rounds:,} rounds" if rounds > 1 else "1 round"
             found += [Part(link, begin, took, words, args) for link, took in busy.items() if took > 0]
             begin += length
@@ -142,7 +144,7 @@ def _reduces(made: Emulator) -> list[tuple[float, float, float]]:
     return [(begin + move, *rest) for begin, *rest in zip(begins, seconds, sizes, strict=True)]
 
 
-def _groups(made: Emulator, nbytes: float) -> list[tuple[float, dict[str, float], int]]:
+def _groups(made: Emulator, nbytes: float, most: int) -> list[tuple[float, dict[str, float], int]]:
     """(seconds, link class -> seconds it is busy, rounds) of neighbouring rounds on the same link classes.
 
     A class is busy in a round until the last message that crosses it has arrived.
@@ -162,7 +164,7 @@ def _groups(made: Emulator, nbytes: float) -> list[tuple[float, dict[str, float]
             merged[-1] = _sum([merged[-1], group])
         else:
             merged.append(group)
-    return merged if len(merged) <= MOST_GROUPS else [_sum(merged)]
+    return merged if len(merged) <= most else [_sum(merged)]
 
 
 def _sum(groups: list[tuple[float, dict[str, float], int]]) -> tuple[float, dict[str, float], int]:

@@ -68,6 +68,12 @@ class Drawing:
     link_lanes: dict[str, str]
     links: list[Part]
 
+    def links_within_the_step(self) -> list[Part]:
+        """Cut where the step ends: an all-reduce that the chip's rate holds already may outlast it (emulator_trace)."""
+        end_s = self.step.step_s
+        early = [part for part in self.links if part.begin_s < end_s]
+        return [replace(part, seconds=min(part.seconds, end_s - part.begin_s)) for part in early]
+
     def shows(self, values: dict) -> bool:
         """Whether a row's step is this one: a fault may change its price, an epoch's last step be smaller."""
         return all(
@@ -101,7 +107,7 @@ def _emulated(row: dict, drawing: Drawing | None) -> list[dict]:
         chip = [replace(part, lane=f"emulated/{part.lane}") for part in drawing.chip]
         return [
             *(part.event(EMULATED, EMULATED_LANES, begin, args) for part in chip),
-            *(part.event(LINKS, drawing.link_lanes, begin, args) for part in drawing.links),
+            *(part.event(LINKS, drawing.link_lanes, begin, args) for part in drawing.links_within_the_step()),
         ]
     found = []
     for key in EMULATED_LANES:
