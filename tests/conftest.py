@@ -1,7 +1,8 @@
 """Says at the end of every test run what was left out: each skip with its reason, each mark with its count.
 
-Two processes run the tests (pytest-xdist; `-n 0` for one): those that start Ray one after another in one of them, since
-they mostly wait, the other files beside them. And the folder of Ray's files.
+Two processes run the tests (pytest-xdist; `-n 0` for one), whole files each, so that a file's fixtures are made once:
+the files that start Ray one after another in one of them, since they mostly wait, the others beside them. And the
+folder of Ray's files.
 """
 
 import os
@@ -24,10 +25,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEFT_OUT] = Counter()
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Its own, for pytest 9.2 hides the names of groups from xdist 3.8's `--dist loadgroup`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            stem = Path(nodeid.partition("::")[0]).stem
+            return "ray" if stem in START_RAY else stem
+
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in START_RAY else item.path.stem))
+    """What takes longest begins first."""
+    items.sort(key=lambda item: item.path.stem not in START_RAY)
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
