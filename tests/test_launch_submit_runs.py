@@ -1,5 +1,6 @@
 """Jobs as commands: a run as a process that outlives the command, and as a job of a Ray head that the test starts."""
 
+import io
 import json
 import secrets
 import shutil
@@ -9,12 +10,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
 
 from launch import jobs_ray
+from launch import submit as submitting
 from launch.compose import compose
 from launch.job_folder import ROOT, Job, State
 from launch.jobs_ray import UPLOADED
@@ -23,9 +27,18 @@ SMALL = "model=resnet_cifar20 mesh=atlas800 chip_batch_size=4 workers=1".split()
 PATIENCE_S = 60.0
 
 
+def command(*words: str) -> subprocess.CompletedProcess:
+    """`python -m launch.submit`."""
+    call = [sys.executable, "-m", "launch.submit", *words]
+    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+
+
 def submit(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "launch.submit", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    """The same in this process, which has imported everything."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", ["submit", *words]):
+        status = submitting.main()
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
 def until(holds, what: str) -> None:
@@ -100,7 +113,7 @@ def answers(port: int) -> bool:
 def test_a_run_outlives_the_command(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     here = f"run_root={runs}", "job=one"
-    first = submit(*SMALL, *here, "max_steps=1")
+    first = command(*SMALL, *here, "max_steps=1")
     assert first.returncode == 0, first.stderr
     assert f"job      one (local), in {runs}/jobs/one\n" in first.stdout
     assert stands(runs, "one") == "RUNNING"
@@ -127,7 +140,7 @@ def test_a_run_outlives_the_command(tmp_path: Path) -> None:
 def test_a_run_as_a_job_of_a_ray_head(head: str, tmp_path: Path) -> None:
     here = f"run_root={tmp_path}", "job=one"
     there = "launch=ray_job", f"launch.address={head}"
-    first = submit(*SMALL, *here, *there, "seed=1", "epochs=1000", "target_top1=1")
+    first = command(*SMALL, *here, *there, "seed=1", "epochs=1000", "target_top1=1")
     assert first.returncode == 0, first.stderr
     assert f"job      one (ray_job), in {tmp_path}/jobs/one\n" in first.stdout
     again = submit(*SMALL, *here, *there)
