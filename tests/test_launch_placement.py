@@ -38,7 +38,7 @@ def train_on_nodes(ray_folder: Path) -> Iterator[Callable[..., subprocess.Comple
 
     def train(*overrides: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "launch.run", *overrides, f"cluster.address={address}"]
-        return subprocess.run(command, env=ours, capture_output=True, text=True, timeout=90)
+        return subprocess.run(command, env=ours, capture_output=True, text=True, timeout=180)
 
     yield train
     nodes.communicate(timeout=60)
