@@ -2,9 +2,7 @@
 
 import io
 import json
-import secrets
-import shutil
-import socket
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +20,7 @@ from launch import submit as submitting
 from launch.compose import compose
 from launch.job_folder import ROOT, Job, State
 from launch.jobs_ray import UPLOADED
+from scripts.ray_head import ray_head
 
 SMALL = "model=resnet_cifar20 mesh=atlas800 chip_batch_size=4 workers=1".split()
 PATIENCE_S = 180.0
@@ -51,62 +50,19 @@ def stands(run_root: Path, name: str, call=submit) -> str:
     return json.loads(call(f"run_root={run_root}", "action=status", f"job={name}", "format=json").stdout)["status"]
 
 
-def free_ports(count: int) -> list[int]:
-    """Given by the system, so above 19999; Ray keeps 10002 to 19999 for its workers."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in sockets]
-    for server in sockets:
-        server.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
-    """The job server's address. Ray's own loopback, token and folder; its path is short, for it holds sockets."""
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-    environment = {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listen on loopback only
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_TMPDIR": str(folder),
-    }
-    gcs, dashboard, client, agent, grpc = free_ports(5)
-    options = {
-        "--node-ip-address": "127.0.0.1",
-        "--port": gcs,
-        "--dashboard-host": "127.0.0.1",
-        "--dashboard-port": dashboard,
-        "--ray-client-server-port": client,
-        "--dashboard-agent-listen-port": agent,
-        "--dashboard-agent-grpc-port": grpc,
-        "--temp-dir": folder,
-        "--num-cpus": 4,
-        "--resources": '{"ascend910": 16}',
-    }
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-    command += [f"{name}={value}" for name, value in options.items()]
-    with pytest.MonkeyPatch.context() as patch, (folder / "head.log").open("w") as log:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        patch.delenv("RAY_ADDRESS", raising=False)
-        ray = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        try:
-            until(lambda: ray.poll() is not None or answers(dashboard), "Ray head")
-            assert ray.poll() is None, (folder / "head.log").read_text()
-            yield f"http://127.0.0.1:{dashboard}"
-        finally:
-            ray.terminate()
-            try:
-                ray.wait(20)
-            except subprocess.TimeoutExpired:
-                ray.kill()
-                ray.wait()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+    """The job server's address."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder,
+        ray_head(Path(folder), cpus=4, chips=16) as (address, environment),
+        pytest.MonkeyPatch.context() as patched,
+    ):
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            patched.delenv(name)
+        for name in [name for name in environment if name.startswith("RAY_")]:
+            patched.setenv(name, environment[name])
+        yield address
 
 
 def test_a_run_outlives_the_command(tmp_path: Path) -> None:
