@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from scripts import chaos
+from scripts.chaos_strikes import KINDS, MOMENTS, plan
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,7 +22,7 @@ def chaos_in_small(kills: int) -> dict:
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
     assert made["hash_equal"] is True and len(made["strikes"]) == kills
-    assert set(made["kills"]) == set(chaos.KINDS[:kills])
+    assert set(made["kills"]) == set(KINDS[:kills])
     return made
 
 
@@ -32,17 +33,17 @@ def test_a_killed_worker_changes_no_bit():
 
 @pytest.mark.slow
 def test_one_kill_of_each_kind_changes_no_bit():
-    by_kind = {strike["kind"]: strike for strike in chaos_in_small(len(chaos.KINDS))["strikes"]}
+    by_kind = {strike["kind"]: strike for strike in chaos_in_small(len(KINDS))["strikes"]}
     for kind in ("worker killed", "raylet killed"):
         assert by_kind[kind]["detected_s"] is not None and by_kind[kind]["source"] in ("memory", "checkpoint")
     assert by_kind["driver killed"]["training_again_s"] > 0
 
 
 def test_a_plan_has_each_kind_as_often_and_all_its_moments():
-    strikes = chaos.plan(30, 0)
-    assert Counter(strike.kind for strike in strikes) == dict.fromkeys(chaos.KINDS, 5)
-    assert all({s.moment for s in strikes if s.kind == kind} == set(chaos.MOMENTS) for kind in chaos.KINDS)
-    assert chaos.plan(30, 0) == strikes != chaos.plan(30, 1)
+    strikes = plan(30, 0)
+    assert Counter(strike.kind for strike in strikes) == dict.fromkeys(KINDS, 5)
+    assert all({s.moment for s in strikes if s.kind == kind} == set(MOMENTS) for kind in KINDS)
+    assert plan(30, 0) == strikes != plan(30, 1)
 
 
 @pytest.mark.parametrize(
