@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from train.comm.aggregation import TreeAggregator
 from train.comm.groups import SingleGroup
+from train.compute import chip_losses
 from train.models.chip_norm import allocate_chips, chip_moments
 from train.models.layout import chip_after_chip
 from train.models.resnet import ResNet, resnet
@@ -27,7 +28,6 @@ from train.optim.lars import LARS
 from train.optim.sgd import SGD
 from train.optim.update import WeightUpdate
 from train.precision import LossScale, choose_precision
-from train.trainer import chip_losses
 
 CHIPS = 4
 PASSES = (range(0, 2), range(2, 4))  # the chips that go through the emulated side's network at once: its blocks
