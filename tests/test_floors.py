@@ -17,6 +17,7 @@ FLOORS = (
     (2, "numpy", "train.emulator train.report train.claims train.conditions train.retime train.mlperf_import"),
     (2, "torch", "train.comm train.data train.models train.optim train.metrics train.checkpoint train.precision"),
     (2, "torch", "train.memory train.tensorboard train.progress train.mlperf_log train.trace train.comm.plan_group"),
+    (2, "torch", "train.chip_losses"),
     (3, "torch", "train.trainer train.recovery"),
     (4, "torch", "train.callbacks"),
     (5, "torch", "train.build train.account"),
