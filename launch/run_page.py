@@ -77,8 +77,9 @@ def draw(data: dict, rows: list[dict], path: Path) -> None:
     steps, evals = ([row for row in rows if row["kind"] == kind] for kind in ("step", "eval"))
     evals = [row for row in evals if row["step"]]
     chips = [name for name in DISTANCES if any(f"chips/{name}_median" in row["values"] for row in evals)]
-    figure = Figure(figsize=(16, 8), layout="constrained")
-    grid = figure.add_gridspec(2 if chips else 1, 3, width_ratios=(2, 1, 1))
+    figure = Figure(figsize=(16, 8))  # placed by hand: a layout engine takes as long as all the drawing
+    edges = {"left": 0.045, "right": 0.99, "top": 0.9, "bottom": 0.14, "wspace": 0.27, "hspace": 0.32}
+    grid = figure.add_gridspec(2 if chips else 1, 3, width_ratios=(2, 1, 1), **edges)
     figure.suptitle(_title(data), fontsize=15, fontweight="bold")
     accuracy(figure.add_subplot(grid[:, 0]), data, evals)
     parts(figure.add_subplot(grid[0, 1]), steps, "emulated/step_s", EMULATED_PARTS, "A step of the emulated machine")
@@ -101,9 +102,10 @@ def _title(data: dict) -> str:
 def accuracy(axes, data: dict, evals: list[dict]) -> None:
     """Top-1 over seconds of each clock, logarithmic; claimed and published results are points at their ends."""
     top1 = [100 * row["values"]["eval/top1"] for row in evals]
+    images = next((one["run"].partition(",")[0] for one in data["conditions"] if one["name"] == "data set"), "this run")
     for clock, color in (("emulated", EMULATED), ("measured", MEASURED)):
         seconds = [row[f"{clock}_s"] for row in evals]
-        axes.plot(seconds, top1, color=color, marker="o", ms=4, lw=2, label=f"{clock}, this run")
+        axes.plot(seconds, top1, color=color, marker="o", ms=4, lw=2, label=f"{clock}, {images}")
         _beside(axes, f"{clock}\n{seconds[-1]:,.3g} s", (seconds[-1], top1[-1]), color, (-8, 6), "right")
     if interval := data["emulated"]["interval_s"]:
         axes.plot(interval, [top1[-1]] * 2, color=EMULATED, lw=7, alpha=0.3, label="emulated end, 5 to 95 %")

@@ -11,11 +11,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from run_folder_samples import CLAIM, NEIGHBOURS, STARTED_AT, config, drive, make_run, run_info
+from run_folder_samples import CLAIM, NEIGHBOURS, STARTED_AT, Clocked, config, drive, make_run, run_info
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from train.callbacks import MetricsCallback
-from train.metrics import open_sinks, read_rows
-from train.tensorboard import CLOCK_TAGS, EPOCH, LAYOUT, write_reference_runs
+from train.metrics import open_sinks, read_rows, step_row
+from train.tensorboard import CLOCK_TAGS, EPOCH, LAYOUT, TensorBoardSink, write_reference_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 EMULATED, MEASURED = "digits-1/tb/emulated", "digits-1/tb/measured"
@@ -155,14 +156,15 @@ def several(entry) -> tuple:
 
 
 def test_a_part_of_a_step_is_a_run_with_the_whole_steps_tag(board):
-    """In milliseconds; a part that is never above 0 (here the input) has no run."""
+    """In milliseconds; a part that is never above 0 (here the input) has no run, a level line its ends alone."""
     parts = {"compute": 12.5, "exposed_communication": 3.1, "waiting_for_slowest_chip": 1.1, "other": 0.4}
     found = {run.removeprefix(f"{EMULATED}/") for run in board.get("runs") if run.startswith(f"{EMULATED}/")}
     assert found == set(parts)
-    for part, milliseconds in {**{f"/{part}": ms for part, ms in parts.items()}, "": 17.1}.items():
-        points = board.scalars(f"{EMULATED}{part}", "step/emulated_ms")
-        assert [step for _, step, _ in points] == list(range(1, 13))
-        assert {value for *_, value in points} == {float32(milliseconds)}
+    for part, milliseconds in parts.items():
+        points = board.scalars(f"{EMULATED}/{part}", "step/emulated_ms")
+        assert [point[1:] for point in points] == [[step, float32(milliseconds)] for step in (1, 6, 12)]
+    whole = board.scalars(EMULATED, "step/emulated_ms")
+    assert [point[1:] for point in whole] == [[step, float32(17.1)] for step in range(1, 13)]
     whole, waits = (board.scalars(run, "step/measured_ms") for run in (MEASURED, f"{MEASURED}/waiting_for_data"))
     assert {value for *_, value in whole} == {1900} and {value for *_, value in waits} == {50}
 
@@ -193,6 +195,21 @@ def test_texts_are_the_configuration_and_the_source_of_a_record(board):
     assert text["wall_time"] == EPOCH and "digits_atlas" in text["text"] and "base_lr" in text["text"]
     (text,) = board.get("plugin/text/text", run="reference/huawei-2019-atlas900", tag="record/text_summary")
     assert "DoNews" in text["text"] and "no reached value was published" in text["text"]
+
+
+def test_a_part_that_changes_is_drawn_as_it_is(tmp_path):
+    """The last point of a level stretch is written before the first of the next."""
+    sink, clock = TensorBoardSink(tmp_path, STARTED_AT, config()), Clocked()
+    rows = [step_row(clock.step(step)) for step in range(1, 10)]
+    for row in rows[4:6]:
+        row["values"]["emulated/straggler_s"] = 0.5
+    for row in rows:
+        sink.log(row)
+    sink.close()
+    events = EventAccumulator(str(tmp_path / "tb/emulated/waiting_for_slowest_chip")).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("step/emulated_ms")]
+    low = float32(1.1)
+    assert found == [(1, low), (4, low), (5, 500), (6, 500), (7, low), (9, low)]
 
 
 def test_a_step_is_seen_while_the_run_goes_on(board):

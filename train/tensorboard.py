@@ -92,6 +92,7 @@ class TensorBoardSink:
         self._folder = run_dir / "tb"
         self._writers = {clock: _writer(self._folder / clock) for clock in self._clocks}
         self._seconds = dict.fromkeys(self._clocks, 0.0)
+        self._held: dict[str, tuple[tuple, bool]] = {}  # part -> its latest point, and whether it is written
         self._lines = {TARGET_TAG: config.get("target_top1")}
         if claim is not None and claim.target_top1:
             self._lines[CLAIM_TARGET_TAG] = claim.target_top1 / 100  # records are in percent
@@ -105,6 +106,8 @@ class TensorBoardSink:
         self.flush()
 
     def log(self, row: dict) -> None:
+        if row["kind"] == "eval":
+            self._end_stretches()
         for clock in self._clocks:
             self._seconds[clock] = row[f"{clock}_s"]
             values = [_scalar(tag, value) for tag, value in row["values"].items() if self._has(clock, tag)]
@@ -133,6 +136,7 @@ class TensorBoardSink:
             end_time_secs=self._clocks.get("measured", 0.0) + self._seconds.get("measured", 0.0),
         )
         self._add(self._home, 0, [_hparams_value("_hparams_/session_end_info", session_end_info=end)])
+        self._end_stretches()
         for writer in self._writers.values():
             writer.close()
 
@@ -148,9 +152,26 @@ class TensorBoardSink:
             if seconds and name not in self._writers:
                 self._writers[name] = _writer(self._folder / name)
             if name in self._writers:
-                _add(self._writers[name], self._wall(clock), row["step"], [_scalar(tag, 1000 * seconds)])
+                self._part(name, (self._wall(clock), row["step"], [_scalar(tag, 1000 * seconds)]))
         whole = row["values"].get(f"{clock}/step_s")
         return [] if whole is None else [_scalar(tag, 1000 * whole)]
+
+    def _part(self, name: str, point: tuple) -> None:
+        """A level stretch is its two ends: the writer takes its time for every event."""
+        held, written = self._held.get(name, (None, True))
+        level = held is not None and held[2] == point[2]
+        if not level:
+            if not written:
+                _add(self._writers[name], *held)
+            _add(self._writers[name], *point)
+        self._held[name] = point, not level
+
+    def _end_stretches(self) -> None:
+        """So that a level line is seen up to here."""
+        for name, (point, written) in self._held.items():
+            if not written:
+                _add(self._writers[name], *point)
+                self._held[name] = point, True
 
     def _wall(self, clock: str) -> float:
         return self._clocks[clock] + self._seconds[clock]
