@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from train.chip_losses import chip_losses
 from train.comm.aggregation import TreeAggregator
 from train.comm.groups import SingleGroup
+from train.compute import chip_losses
 from train.metrics import finite, write_aside
 from train.models.chip_norm import allocate_chips, chip_moments
 from train.models.layout import chip_after_chip

@@ -16,7 +16,7 @@ from data_samples import (
 )
 
 from train.data import cifar10
-from train.data.cifar10 import Cifar10, crop_and_flip
+from train.data.cifar10 import Cifar10
 
 BATCHES = make_cifar10_arrays()
 TRAIN_NAMES = [name for name in BATCHES if name != "test_batch"]
@@ -88,14 +88,14 @@ def test_other_sizes(binary):
     assert images.shape == (3, 3, 16, 16)
 
 
-def test_crop_and_flip():
-    pixels = np.random.default_rng(0).integers(1, 256, (3, 32, 32, 3), dtype=np.uint8)
-    centre, last = np.full(3, 0.5), np.full(3, 0.999)
-    assert (crop_and_flip(pixels, centre, centre, last) == pixels).all()
-    assert (crop_and_flip(pixels, centre, centre, np.zeros(3)) == pixels[:, :, ::-1]).all()
-    moved = crop_and_flip(pixels, np.zeros(3), last, last)  # 4 pixels up in the padded image, 4 to the right
-    assert (moved[:, 4:, :28] == pixels[:, :28, 4:]).all()
-    assert not moved[:, :4].any() and not moved[:, :, 28:].any()
+def test_training_images_are_moved_by_an_eighth_and_half_are_mirrored(binary):
+    train = Cifar10(str(binary), repeat=50).train
+    indices = np.arange(1000)
+    pixels, top, left, mirror, labels = train.start(indices, seed=0, epoch=0)()
+    assert torch.equal(pixels[:20], torch.from_numpy(train.images.pixels)) and labels.tolist() == [*labels[:20]] * 50
+    for place in (top, left):
+        assert place.unique().tolist() == list(range(9))
+    assert 450 < mirror.sum() < 550
 
 
 def test_a_sample_has_the_same_bits_in_every_batch(binary):

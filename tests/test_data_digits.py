@@ -74,9 +74,9 @@ def test_the_affine_maps_stay_in_their_ranges():
 
 
 def test_the_grid_is_affine_grids():
-    matrix = random_affine(0, 0, np.arange(6))
-    reference = torch.nn.functional.affine_grid(torch.from_numpy(matrix).float(), [6, 1, 9, 9], align_corners=False)
-    torch.testing.assert_close(torch.from_numpy(sampling_grid(matrix, 9)), reference, rtol=0, atol=1e-6)
+    maps = torch.from_numpy(random_affine(0, 0, np.arange(6))).float()
+    reference = torch.nn.functional.affine_grid(maps, [6, 1, 9, 9], align_corners=False)
+    torch.testing.assert_close(sampling_grid(maps, 9), reference, rtol=0, atol=1e-6)
 
 
 def test_scikit_learn_missing(monkeypatch):

@@ -14,7 +14,7 @@ from training_samples import tiny
 from train import checkpoint, precision
 from train.build import Worker, WorkerContext, run_worker
 from train.checkpoint_files import attempts, checkpoint_path
-from train.chip_losses import chip_losses
+from train.compute import chip_losses
 from train.metrics import read_rows
 from train.models.chip_norm import ChipPass, chip_moments
 from train.optim.lars import LARS

@@ -27,11 +27,10 @@ from train.callbacks import (
     TraceCallback,
 )
 from train.checkpoint_files import Fenced, newest_sound, take_over
-from train.comm.aggregation import Aggregator, SumAggregator, TreeAggregator
 from train.comm.backup import Backup, Bank, assemble, keepers
 from train.comm.groups import Group, PeerLost
 from train.comm.messages import broadcast_state, gather
-from train.comm.wire import PlanAggregator
+from train.comm.summation import aggregator, gradient_sums
 from train.data.order import Order
 from train.memory import keep_freed_memory
 from train.mesh.blocks import blocks
@@ -39,7 +38,7 @@ from train.metrics import Sink, open_sinks, read_rows
 from train.models.chip_norm import allocate_chips
 from train.models.passes import check_batch_norm, images_per_pass, moments_of, plan_passes
 from train.optim.update import WeightUpdate
-from train.precision import choose_device, choose_loss_scale, choose_precision, gradient_dtypes
+from train.precision import choose_device, choose_loss_scale, choose_precision, gradient_dtypes, use_arithmetic
 from train.progress import Limits, Progress, StepRecord, Wish
 from train.records import find, load
 from train.recovery import Agreement, Joined, Membership, Offer, agree, farthest
@@ -74,6 +73,7 @@ class Worker:
         keep_freed_memory()
         self.device = choose_device(context.device)
         self.precision = choose_precision(config["precision"], self.device)
+        use_arithmetic(self.device, self.precision, config["numerics"] == "exact")
         self.source = emulator.make(config["data"])
         emulator.check_training(config)
         self.emulator = emulator.build(
@@ -172,18 +172,14 @@ class Worker:
         self.passes = plan_passes(in_passes, self.blocks.chips, mine, images // self.chip_batch_size)
         allocate_chips(self.model, len(mine), config["bn_span"])
         self.trainer.update.follow_chips()
-
-        def aggregator() -> Aggregator:
-            return TreeAggregator(self.group, shares) if config["numerics"] == "exact" else SumAggregator(self.group)
-
-        gradients = aggregator()
-        if config["gradient_sum"] == "plan":
-            num_gradients = sum(p.numel() for p in self.model.parameters())
-            gradients = PlanAggregator(self.emulator.plan, config["wire_dtype"], num_gradients, self.device)
+        parameters, sizes = list(self.model.parameters()), [bucket.tensors for bucket in self.emulator.buckets]
+        where = self.group, shares
+        gradients = gradient_sums(config, parameters, sizes, self.emulator.plan, *where, self.device)
+        statistics = aggregator(config["numerics"], *where)
         several = membership.world_size > 1
         rows = [self._rows(rank) for rank in range(membership.world_size)]
         backup = Backup(self.group, self.bank, rows, keepers(membership.nodes)) if several else None
-        self.trainer.take(Part(self.group, gradients, aggregator(), backup, self.passes))
+        self.trainer.take(Part(self.group, gradients, statistics, backup, self.passes))
 
     def _connect(self, membership: Membership) -> Group:
         ranks = {"rank": membership.rank, "world_size": membership.world_size}
@@ -394,7 +390,6 @@ def chip_batch_size(config: dict, num_chips: int) -> int:
     if given is not None:
         return given  # the emulator has held it against the global batch
     if total % num_chips:
-        raise ValueError(
-            f"global_batch_size={total} does not divide among {num_chips} chips; take a multiple of {num_chips}"
-        )
+        remedy = f"take a multiple of {num_chips}"
+        raise ValueError(f"global_batch_size={total} does not divide among {num_chips} chips; {remedy}")
     return total // num_chips

@@ -43,6 +43,17 @@ def choose_precision(precision: str, device: str) -> Precision:
     return Precision(precision, DTYPES[precision], "as configured")
 
 
+def use_arithmetic(device: str, precision: Precision, exact: bool) -> None:
+    """What a GPU's libraries may do: float32 means float32 (no TF32); `exact` takes the same algorithm every time.
+
+    Otherwise cuDNN tries its algorithms on each new shape and takes the fastest.
+    """
+    if device.startswith("cuda"):
+        tf32 = precision.dtype != torch.float32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = exact, not exact
+
+
 @dataclass
 class LossScale:
     """The factor of the loss, so that gradients do not vanish below float16's range, and what an overflow does to it.
@@ -103,7 +114,7 @@ class LossScale:
 
 def gradient_dtypes(config: dict, precision: Precision) -> list[torch.dtype]:
     """What gradients are rounded to on their way to the optimizer."""
-    wire = [DTYPES[config["wire_dtype"]]] if config["gradient_sum"] == "plan" else []
+    wire = [DTYPES[config["wire_dtype"]]] if config["gradient_sum"] != "fp32" else []
     return [precision.dtype, *wire]
 
 

@@ -4,15 +4,16 @@ Augmentation of He et al. 2015, section 4.2: 4 pixels of padding (an eighth of t
 """
 
 import hashlib
+from collections.abc import Callable
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 import torch
 
+from train.data.augment import crop_and_flip, normalised
 from train.data.cifar10_files import Images, read_cifar10
-from train.data.pixels import Normaliser, channels_last
-from train.data.source import Source, at_least
+from train.data.source import Source, Staged, at_least
 from train.data.streams import uniform
 
 MEAN = (0.4914, 0.4822, 0.4465)  # of the 50,000 training images
@@ -54,36 +55,29 @@ class Cifar10(Source):
         return digest.hexdigest()
 
 
-class SmallPhotos:
+class SmallPhotos(Staged):
     """A Dataset over decoded images; sample i of a repeated set is image i % number of images."""
 
     def __init__(self, images: Images, augment: bool, repeat: int) -> None:
         self.images, self.augment, self.repeat = images, augment, repeat
-        self._normaliser = Normaliser(MEAN, STD, images.pixels.shape[2])
 
     def __len__(self) -> int:
         return len(self.images.labels) * self.repeat
 
-    def batch(self, indices: np.ndarray, *, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def start(self, indices: np.ndarray, *, seed: int, epoch: int) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """What returns (uint8 [n, size, size, 3], where augmented: top, left and mirror, labels)."""
         images = indices % len(self.images.labels)
-        pixels = self.images.pixels[images]
-        if self.augment:
-            pixels = crop_and_flip(pixels, *(uniform(seed, epoch, indices, stream) for stream in (TOP, LEFT, FLIP)))
-        out = np.empty(pixels.shape, np.float32)
-        self._normaliser.write(pixels, out)
-        return channels_last(out), torch.from_numpy(self.images.labels[images])
 
+        def finished() -> tuple[torch.Tensor, ...]:
+            parts = [self.images.pixels[images]]
+            if self.augment:
+                places = 2 * (self.images.pixels.shape[1] // 8) + 1
+                parts += [(uniform(seed, epoch, indices, at) * places).astype(np.int64) for at in (TOP, LEFT)]
+                parts.append(uniform(seed, epoch, indices, FLIP) < 0.5)
+            return tuple(map(torch.from_numpy, (*parts, self.images.labels[images])))
 
-def crop_and_flip(pixels: np.ndarray, top: np.ndarray, left: np.ndarray, flip: np.ndarray) -> np.ndarray:
-    """Images uint8 [n, size, size, 3] moved by up to size // 8 pixels over black, and half of them mirrored."""
-    count, size = pixels.shape[:2]
-    pad = size // 8
-    padded = np.zeros((count, size + 2 * pad, size + 2 * pad, 3), np.uint8)
-    padded[:, pad : pad + size, pad : pad + size] = pixels
-    cuts = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))
-    rows, columns = ((place * (2 * pad + 1)).astype(np.int64) for place in (top, left))
-    # channels behind the pixels before the cuts are chosen: NumPy then copies whole rows of interleaved channels
-    moved = cuts.transpose(0, 1, 2, 4, 5, 3)[np.arange(count), rows, columns]
-    mirrored = flip < 0.5
-    moved[mirrored] = moved[mirrored, :, ::-1]
-    return moved
+        return finished
+
+    def finish(self, pixels: torch.Tensor, *places: torch.Tensor) -> torch.Tensor:
+        """Moved by up to size // 8 pixels, half of them mirrored, and normalised, on the pixels' device."""
+        return normalised(crop_and_flip(pixels, *places) if places else pixels, MEAN, STD)

@@ -8,12 +8,13 @@ import gzip
 import hashlib
 import importlib.util
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from train.data.source import Source, at_least
+from train.data.source import Source, Staged, at_least
 from train.data.streams import permutation, uniform
 
 HELD_OUT_PER_CLASS = 36  # 360 images for evaluation, 1,437 for training
@@ -42,7 +43,7 @@ class Digits(Source):
         self.eval = Scans(ink[held_out], labels[held_out], image_size, mean, std, augment=False)
 
 
-class Scans:
+class Scans(Staged):
     """Scans in memory, float32 [n, 8, 8] in 0..1 on an empty background of 0."""
 
     def __init__(
@@ -54,16 +55,25 @@ class Scans:
     def __len__(self) -> int:
         return len(self.ink)
 
-    def batch(self, indices: np.ndarray, *, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.augment:
-            matrix = random_affine(seed, epoch, indices)
-        else:
-            matrix = np.broadcast_to(np.eye(2, 3), (len(indices), 2, 3))
+    def start(self, indices: np.ndarray, *, seed: int, epoch: int) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """What returns (scans float32 [n, 8, 8], maps float32 [n, 2, 3], labels)."""
         rows = torch.from_numpy(indices)
-        grid = torch.from_numpy(sampling_grid(matrix, self.image_size))
-        grey = torch.nn.functional.grid_sample(self.ink[rows, None], grid, padding_mode="zeros", align_corners=False)
+
+        def finished() -> tuple[torch.Tensor, ...]:
+            maps = random_affine(seed, epoch, indices) if self.augment else np.eye(2, 3)[None].repeat(len(indices), 0)
+            return self.ink[rows], torch.from_numpy(maps.astype(np.float32)), self.labels[rows]
+
+        return finished
+
+    def finish(self, ink: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        """Shifted, turned, zoomed and normalised: float32 [n, 3, image_size, image_size], channels last.
+
+        The sampling alone may round otherwise on a GPU than on a CPU, in its last bits.
+        """
+        grid = sampling_grid(maps, self.image_size)
+        grey = torch.nn.functional.grid_sample(ink[:, None], grid, padding_mode="zeros", align_corners=False)
         grey = grey.sub_(self.mean).div_(self.std)
-        return grey.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last), self.labels[rows]
+        return grey.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
 def random_affine(seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
@@ -80,18 +90,15 @@ def random_affine(seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
     return np.moveaxis(matrix, -1, 0)
 
 
-def sampling_grid(matrix: np.ndarray, size: int) -> np.ndarray:
-    """Scan coordinates float32 [n, size, size, 2] of every output pixel's centre.
+def sampling_grid(maps: torch.Tensor, size: int) -> torch.Tensor:
+    """Scan coordinates float32 [n, size, size, 2] of every output pixel's centre, for maps float32 [n, 2, 3].
 
     Written out instead of torch's affine_grid, whose matrix product may round differently in another batch.
     """
-    centres = ((2 * np.arange(size) + 1) / size - 1).astype(np.float32)
-    matrix = matrix.astype(np.float32)[:, :, :, None, None]
-    along_x, along_y, shift = matrix[:, :, 0] * centres, matrix[:, :, 1] * centres[:, None], matrix[:, :, 2]
-    grid = np.empty((len(matrix), size, size, 2), np.float32)
-    for axis in (0, 1):
-        np.add(along_x[:, axis], along_y[:, axis] + shift[:, axis], out=grid[..., axis])
-    return grid
+    centres = torch.from_numpy(((2 * np.arange(size) + 1) / size - 1).astype(np.float32)).to(maps.device)
+    maps = maps[:, :, :, None, None]
+    along_x, along_y, shift = maps[:, :, 0] * centres, maps[:, :, 1] * centres[:, None], maps[:, :, 2]
+    return (along_x + (along_y + shift)).permute(0, 2, 3, 1).contiguous()
 
 
 def split(labels: np.ndarray) -> np.ndarray:

@@ -21,10 +21,11 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 class Prefetcher:
     """Yields `dataset.batch(indices)` for each (epoch, indices) of `batches`, in order, prepared ahead of the consumer.
 
-    At most `depth` batches wait ready and one more is in preparation; of a dataset that can `start` a batch (photos),
+    At most `depth` batches wait ready and one more is in preparation; of a dataset that can `start` a batch (Staged),
     `depth` are in preparation at once. On a GPU the batches lie there already: what is copied are such a dataset's
-    bytes, through pinned memory, and the GPU normalises them. An error of the thread (of `batches` too) is raised to
-    the consumer in its place in the order. `wait_s` is the time the consumer has waited so far, in seconds.
+    bytes, through pinned memory, and the GPU crops, mirrors and normalises them beside the training. An error of the
+    thread (of `batches` too) is raised to the consumer in its place in the order. `wait_s` is the time the consumer has
+    waited so far, in seconds.
     """
 
     def __init__(
@@ -114,12 +115,12 @@ class Prefetcher:
         wait = self._dataset.start(indices, seed=self._seed, epoch=epoch)
 
         def finish() -> Batch:
-            pixels, labels = self._moved(*wait())
-            return self._dataset.finish(pixels), labels
+            *parts, labels = self._moved(*wait())
+            return self._dataset.finish(*parts), labels
 
         return finish
 
-    def _moved(self, *tensors: torch.Tensor) -> Batch:
+    def _moved(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self._device == "cpu":
             return tensors
         return tuple(tensor.pin_memory().to(self._device, non_blocking=True) for tensor in tensors)

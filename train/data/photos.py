@@ -1,4 +1,4 @@
-"""Photos as a Dataset: read, cut, scaled and mirrored as bytes by a pool, then normalised where they are needed.
+"""Photos as a Dataset: read, cut and scaled as bytes by a pool, then mirrored and normalised where they are needed.
 
 Training: random resized crop and flip; evaluation: shorter side to a size, centre crop (He et al. 2015; torchvision's
 references/classification, whose mean and standard deviation these are).
@@ -13,16 +13,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
+from train.data.augment import normalised
 from train.data.cache import PhotoCache
 from train.data.folder import UnreadableImage
-from train.data.pixels import (
-    CROP_TRIES,
-    center_crop,
-    decode,
-    mirrored,
-    random_crop_box,
-    scaled,
-)
+from train.data.pixels import CROP_TRIES, center_crop, decode, random_crop_box, scaled
+from train.data.source import Staged
 from train.data.streams import uniform
 from train.data.turbojpeg import SHRINKS, TurboJpeg
 
@@ -114,10 +109,10 @@ class Cutter:
         elif self.turbo is None:
             photo = self._photo(file)
             photo = scaled(photo, _box(photo.size, draws), size, size)
-            out[:] = np.asarray(mirrored(photo) if draws[FLIP] < 0.5 else photo)
+            out[:] = np.asarray(photo)
         else:
             square = rescaled(self._crop(file, draws, size), size, size)
-            torch.from_numpy(out).permute(2, 0, 1).copy_(square.flip(2) if draws[FLIP] < 0.5 else square)
+            torch.from_numpy(out).permute(2, 0, 1).copy_(square)
 
     def _photo(self, file: int) -> "Image":
         """The whole photo."""
@@ -175,8 +170,8 @@ class Pool(Protocol):
     ) -> Callable[[], tuple[np.ndarray, Part]]: ...
 
 
-class Photos:
-    """A Dataset. `start` begins a batch and returns what waits for it, so that the next ones can be under way."""
+class Photos(Staged):
+    """A Dataset, whose pool has several batches under way."""
 
     def __init__(self, cutter: Cutter, repeat: int, pool: Pool) -> None:
         self.cutter, self.repeat, self.pool = cutter, repeat, pool
@@ -185,33 +180,21 @@ class Photos:
     def __len__(self) -> int:
         return len(self.cutter.store.labels) * self.repeat
 
-    def batch(self, indices: np.ndarray, *, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        pixels, labels = self.start(indices, seed=seed, epoch=epoch)()
-        return self.finish(pixels), labels
-
-    def start(self, indices: np.ndarray, *, seed: int, epoch: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-        """What returns (uint8 [n, size, size, 3], labels); the bytes are valid until `finish` or the next call."""
+    def start(self, indices: np.ndarray, *, seed: int, epoch: int) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """What returns (uint8 [n, size, size, 3], bool [n] of those to be mirrored, labels)."""
         wait = self.pool.start(self.cutter, indices, seed=seed, epoch=epoch)
+        mirror = self.cutter.augment & (uniform(seed, epoch, indices, FLIP) < 0.5)
 
-        def finished() -> tuple[torch.Tensor, torch.Tensor]:
+        def finished() -> tuple[torch.Tensor, ...]:
             pixels, (labels, left_out) = wait()
             for file, reason in left_out:
                 if file not in self.unreadable:
                     warnings.warn(f"data.on_error=skip: the next image takes the place of {reason}", stacklevel=2)
                 self.unreadable.setdefault(file, reason)
-            return torch.from_numpy(pixels), torch.from_numpy(labels)
+            return torch.from_numpy(pixels), torch.from_numpy(mirror), torch.from_numpy(labels)
 
         return finished
 
-    def finish(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(pixels / 255 - mean) / std, float32 [n, 3, size, size], channels last, on the pixels' device."""
-        n, size = pixels.shape[:2]
-        scale = torch.tensor([1 / (255 * s) for s in STD], dtype=torch.float32, device=pixels.device).repeat(size)
-        offset = torch.tensor([m / s for m, s in zip(MEAN, STD, strict=True)], device=pixels.device).repeat(size)
-        # whole rows of interleaved channels: the innermost loop is long
-        images = torch.empty(n, size, size * 3, device=pixels.device)
-        whole = [(images, pixels.view(n, size, -1))]
-        # on a CPU image by image, which stay in its cache from one operation to the next
-        for out, of in zip(images, pixels.view(n, size, -1), strict=True) if pixels.device.type == "cpu" else whole:
-            out.copy_(of).mul_(scale).sub_(offset)
-        return images.view(n, size, size, 3).permute(0, 3, 1, 2)
+    def finish(self, pixels: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
+        """Mirrored and normalised, float32 [n, 3, size, size], channels last, on the pixels' device."""
+        return normalised(pixels, MEAN, STD, mirror)

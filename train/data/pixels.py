@@ -1,6 +1,6 @@
-"""Photos to normalised arrays: decode, cut, scale and normalise as torchvision's transforms do on PIL images.
+"""Photos to squares of pixels: decode, cut and scale as torchvision's transforms do on PIL images.
 
-Source: torchvision.transforms (Resize, CenterCrop, RandomResizedCrop, Normalize); Szegedy et al., "Going Deeper with
+Source: torchvision.transforms (Resize, CenterCrop, RandomResizedCrop); Szegedy et al., "Going Deeper with
 Convolutions", 2015, section 6, for the random crop. Decoding is exact: libjpeg's reduced-size mode is not used.
 """
 
@@ -9,9 +9,6 @@ import math
 import os
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING
-
-import numpy as np
-import torch
 
 from train.data.folder import unreadable
 
@@ -49,12 +46,6 @@ def scaled(image: "Image", box: Box | None, width: int, height: int) -> "Image":
     return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
-def mirrored(image: "Image") -> "Image":
-    from PIL import Image
-
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-
-
 def random_crop_box(width: int, height: int, area: list[float], ratio: list[float], left: float, top: float) -> Box:
     """RandomResizedCrop: 8 to 100 % of the area at a ratio of 3/4 to 4/3; after ten misfits the widest centre cut.
 
@@ -83,22 +74,3 @@ def center_crop(image: "Image", resize: int, size: int) -> "Image":
         width, height = int(resize * width / height), resize
     left, top = round((width - size) / 2), round((height - size) / 2)
     return scaled(image, None, width, height).crop((left, top, left + size, top + size))
-
-
-class Normaliser:
-    """(pixel / 255 - mean) / std by channel, on rows of interleaved channels, so that NumPy's inner loop is long."""
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], width: int) -> None:
-        self.scale = np.tile(1 / (255 * np.array(std)), width).astype(np.float32)
-        self.offset = np.tile(np.array(mean) / std, width).astype(np.float32)
-
-    def write(self, pixels: np.ndarray, out: np.ndarray) -> None:
-        """pixels uint8 [..., height, width, 3] into out float32 of the same shape; both contiguous."""
-        rows = out.reshape(*out.shape[:-2], -1)
-        np.multiply(pixels.reshape(rows.shape), self.scale, out=rows, dtype=np.float32)
-        rows -= self.offset
-
-
-def channels_last(images: np.ndarray) -> torch.Tensor:
-    """[n, height, width, 3] in memory as a tensor [n, 3, height, width], without a copy."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2)

@@ -1,5 +1,6 @@
 """What a node of the group `data` builds: a Source with a training and an evaluation Dataset."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,25 @@ class Dataset(Protocol):
         Evaluation ignores seed and epoch.
         """
         ...
+
+
+class Staged:
+    """A Dataset whose batches are made in two stages, of which the second runs where they are computed with.
+
+    `start` begins a batch and returns what waits for its parts, the labels last: the next ones can be under way
+    meanwhile, and what is copied to a GPU are the parts, bytes for the most of it. `finish` makes images of all parts
+    but the labels, on the device they lie on.
+    """
+
+    def start(self, indices: np.ndarray, *, seed: int, epoch: int) -> Callable[[], tuple[torch.Tensor, ...]]:
+        raise NotImplementedError
+
+    def finish(self, *parts: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def batch(self, indices: np.ndarray, *, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        *parts, labels = self.start(indices, seed=seed, epoch=epoch)()
+        return self.finish(*parts), labels
 
 
 class Source:

@@ -1,12 +1,12 @@
 """Made-up images for timing: a pattern for each class under noise; no files, next to no work."""
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from train.data.pixels import channels_last
-from train.data.source import Source, at_least
+from train.data.source import Source, Staged, at_least
 from train.data.streams import uniform
 
 CONTENT_SEED = 0  # the images are part of the data set, not of the run
@@ -34,21 +34,37 @@ class Synthetic(Source):
         self.fingerprint = hashlib.sha256(sizes.encode() + strip.tobytes() + colours.tobytes()).hexdigest()
 
 
-class Pattern:
+class Pattern(Staged):
     """Samples first <= i < first + num_samples of one endless list."""
 
     def __init__(self, image_size: int, colours: np.ndarray, strip: np.ndarray, first: int, num_samples: int) -> None:
-        self.image_size, self.strip, self.first, self.num_samples = image_size, strip, first, num_samples
-        self.rows = np.tile(colours, image_size)  # each class's colours along one row of pixels
+        self.image_size, self.first, self.num_samples = image_size, first, num_samples
+        rows = np.tile(colours, image_size)  # each class's colours along one row of pixels
+        self._on_device = {"cpu": (torch.from_numpy(strip), torch.from_numpy(rows))}
 
     def __len__(self) -> int:
         return self.num_samples
 
-    def batch(self, indices: np.ndarray, *, seed: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def start(self, indices: np.ndarray, *, seed: int, epoch: int) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """What returns (the noise's places, classes, labels): the images are made where they are computed with."""
         samples = indices + self.first
-        labels = samples % len(self.rows)
         places = (uniform(CONTENT_SEED, 0, samples, PLACE) * PLACES).astype(np.int64)
-        images = np.empty((len(indices), self.image_size, self.image_size * 3), np.float32)
-        for image, label, place in zip(images, labels, places, strict=True):
-            np.add(self.strip[place : place + image.size].reshape(image.shape), self.rows[label], out=image)
-        return channels_last(images.reshape(len(indices), self.image_size, -1, 3)), torch.from_numpy(labels)
+        labels = torch.from_numpy(samples % len(self._on_device["cpu"][1]))
+        return lambda: (torch.from_numpy(places), labels, labels)
+
+    def finish(self, places: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """float32 [n, 3, image_size, image_size], channels last."""
+        device = str(places.device)
+        if device not in self._on_device:
+            self._on_device[device] = tuple(tensor.to(device) for tensor in self._on_device["cpu"])
+        strip, rows = self._on_device[device]
+        size, count = self.image_size, len(places)
+        if device == "cpu":  # row by row, without threads: the training has the cores
+            images = np.empty((count, size, size * 3), np.float32)
+            strip, rows = strip.numpy(), rows.numpy()
+            for image, place, label in zip(images, places.tolist(), labels.tolist(), strict=True):
+                np.add(strip[place : place + image.size].reshape(image.shape), rows[label], out=image)
+            return torch.from_numpy(images).view(count, size, size, 3).permute(0, 3, 1, 2)
+        windows = strip.unfold(0, size * size * 3, 1).index_select(0, places)
+        images = windows.view(count, size, size * 3).add_(rows[labels][:, None])
+        return images.view(count, size, size, 3).permute(0, 3, 1, 2)

@@ -10,10 +10,9 @@ ReLU and the residual sum make new tensors: on a CPU torch's bfloat16 kernels ta
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from train.models.chip_norm import ChipBatchNorm2d, ChipPass, norm_layers
+from train.models.chip_norm import ChipBatchNorm2d, ChipPass, has_triton, norm_layers
 from train.models.conv import Conv2d
 from train.models.layout import channels_last, is_pixels_first, pixels_first
 from train.sim.workload import BLOCKS
@@ -25,6 +24,10 @@ class MaxPool2d(nn.MaxPool2d):
     """torch's, of images in any layout, which stays."""
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.is_cuda and has_triton():
+            from train.models.max_pool_cuda import max_pool
+
+            return max_pool(images, self.kernel_size, self.stride, self.padding)
         pooled = super().forward(channels_last(images))
         return pixels_first(pooled) if is_pixels_first(images) else pooled
 
@@ -43,9 +46,8 @@ class BasicBlock(nn.Module):
         self.downsample = shortcut(inputs, width * self.expansion, stride, chip_pass)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return torch.relu(y + self.downsample(x))
+        y = self.bn1(self.conv1(x), relu=True)
+        return self.bn2(self.conv2(y), residual=self.downsample(x), relu=True)
 
     @property
     def last_norm(self) -> ChipBatchNorm2d:
@@ -68,10 +70,9 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut(inputs, width * self.expansion, stride, chip_pass)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.bn1(self.conv1(x)))
-        y = torch.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return torch.relu(y + self.downsample(x))
+        y = self.bn1(self.conv1(x), relu=True)
+        y = self.bn2(self.conv2(y), relu=True)
+        return self.bn3(self.conv3(y), residual=self.downsample(x), relu=True)
 
     @property
     def last_norm(self) -> ChipBatchNorm2d:
@@ -123,7 +124,7 @@ class ResNet(nn.Module):
         return self.chip_pass.through(self._layers, images, self.training)
 
     def _layers(self, images: Tensor) -> Tensor:
-        x = self.maxpool(torch.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(self.bn1(self.conv1(images), relu=True))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(x.mean((2, 3)))
 
