@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import io
 import json
 import shutil
 import socket
@@ -49,7 +50,7 @@ class Page(NamedTuple):
 
 PAGES = (
     Page("tensorboard.png", "custom_scalars", "^({run}/tb/(emulated|measured)|reference/)", "vz-line-chart2"),
-    Page("tensorboard_text.png", "text&tagFilter=one_minute", "^{run}/tb/page", "table", size=(1500, 1250)),
+    Page("tensorboard_text.png", "text&tagFilter=one_minute", "^{run}/tb/page", "table", size=(1900, 1500), scale=0.75),
     Page("tensorboard_images.png", "images", "^({run}/tb/page|verdict)", "img", "actual image size", (2020, 1750), 0.7),
 )
 
@@ -92,9 +93,12 @@ def served(runs: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = ["--host", "127.0.0.1", "--port", str(port), "--logdir", str(runs)]
+    words = ["--host", "127.0.0.1", "--port", str(port), "--logdir", runs.resolve().name]
     board = subprocess.Popen(
-        [sys.executable, "-m", "tensorboard.main", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "tensorboard.main", *words],
+        cwd=runs.resolve().parent,  # the page shows the folder as it is given
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         wanted = {str(path.parent.relative_to(runs)) for path in runs.rglob("*tfevents*")}
@@ -167,8 +171,18 @@ async def _picture(devtools: "DevTools", page: Page, address: str, run: str, out
     await asyncio.sleep(SETTLE_S)
     shot = await devtools.call("Page.captureScreenshot", format="png")
     path = out / page.file
-    path.write_bytes(base64.b64decode(shot["data"]))
+    path.write_bytes(_smaller(base64.b64decode(shot["data"])))
     return path
+
+
+def _smaller(png: bytes) -> bytes:
+    """With a palette of 256 colours: a page has few."""
+    from PIL import Image
+
+    packed = io.BytesIO()
+    with Image.open(io.BytesIO(png)) as image:
+        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(packed, "PNG", optimize=True)
+    return packed.getvalue()
 
 
 class DevTools:
