@@ -1,14 +1,22 @@
 """A finished run on one page of TensorBoard: both texts, the picture, and what a run without a curve gets."""
 
 import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from run_folder_samples import make_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch import run_page
+from scripts.screenshot_tensorboard import BROWSERS, PAGES
 from train.metrics import read_rows
 from train.report import report
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +83,26 @@ def test_a_run_without_a_curve_has_the_texts_alone(run, tmp_path):
     found = report([folder]).runs[0]
     run_page.write(found)
     assert shown(found).Tags()["images"] == [] and not (folder / "page.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no browser: apt-get install chromium")
+def test_screenshots_in_a_real_browser(run, tmp_path):
+    command = [sys.executable, "scripts/screenshot_tensorboard.py", run.run_dir.parent, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for page in PAGES:
+        picture = (tmp_path / page.file).read_bytes()
+        width, height = struct.unpack(">2I", picture[16:24])
+        assert (width, height) == tuple(round(page.scale * side) for side in page.size)
+        assert 20_000 < len(picture) < 300_000  # an empty page is smaller
+
+
+def test_a_run_without_a_page_is_refused(run, tmp_path):
+    browser = tmp_path / "chromium"
+    browser.write_text("#!/bin/sh\n")
+    browser.chmod(0o755)
+    command = [sys.executable, "scripts/screenshot_tensorboard.py", run.run_dir.parent, tmp_path / "out", "--run", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PATH": str(tmp_path)})
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "x/tb/page: is not there; give a run that ended (one of ['digits-1'])" in done.stderr
