@@ -35,7 +35,7 @@ from train.data.source import Source
 from train.models.chip_norm import ChipPass, chip_moments, evaluation_moments
 from train.models.chip_spread import apart, spread
 from train.models.damage import Damage, frozen_statistics, group_of
-from train.optim.update import DivergedError, WeightUpdate
+from train.optim.update import DivergedError, WeightUpdate, norm_of
 from train.precision import Precision
 from train.progress import EvalRecord, Limits, Progress, StepRecord, Wish, as_record, doing, due
 from train.sim.clock import EmulatedClock
@@ -280,8 +280,12 @@ class Trainer:
         progress, order = self.progress, self.order
         learning_rate = self.schedule((progress.step + 1) / order.steps_per_epoch)
         scale = None if self.update.loss_scale.off else self.update.loss_scale.value
-        gradients, loss, correct = self._mean_gradients(loader)
-        grad_norm = self.update.apply(gradients, loss, learning_rate, progress.step + 1)
+        gradients, outcome = self._mean_gradients(loader)
+        norm = norm_of(gradients)
+        loss, correct, *granted = outcome.tolist()
+        self._granted = {wish for wish in Wish if granted[wish]}
+        loss /= self._living(progress.step + 1)
+        grad_norm = self.update.apply(gradients, loss, learning_rate, progress.step + 1, norm)
         progress.step += 1
         self.clock.advance_step()
         now = time.perf_counter()
@@ -306,8 +310,9 @@ class Trainer:
             faults=self.clock.fault_values(),
         )
 
-    def _mean_gradients(self, loader: Prefetcher) -> tuple[list[Tensor], float, float]:
-        """(Gradients of the mean over all chips of each chip's mean loss, that loss, all chips' correct answers)."""
+    def _mean_gradients(self, loader: Prefetcher) -> tuple[list[Tensor], Tensor]:
+        """(Gradients of the mean over all chips of each chip's mean loss, [sum of those losses, all chips' correct
+        answers, granted wishes])."""
         doing("backward")
         wishes, step = [float(wish) for wish in self._wishes()], self.progress.step + 1
         with self.precision.autocast(self.device):  # around all passes, so that the weights are cast once
@@ -333,11 +338,8 @@ class Trainer:
         doing("all-reduce")
         gradients, outcome = self.gradients.total()
         doing("update")
-        living = self._living(step)
-        gradients = torch._foreach_div(gradients, living * self.update.loss_scale.value)  # the sum is read only
-        loss, correct, *granted = outcome.tolist()
-        self._granted = {wish for wish in Wish if granted[wish]}
-        return gradients, loss / living, correct
+        divisor = self._living(step) * self.update.loss_scale.value
+        return torch._foreach_div(gradients, divisor), outcome  # the sum itself is to be read only
 
     def _sized(self, chip_pass: ChipPass) -> ChipPass:
         """With the number of images of each chip where the step at hand is an epoch's last and smaller one."""
