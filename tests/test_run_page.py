@@ -1,5 +1,6 @@
 """A finished run on one page of TensorBoard: both texts, the picture, and what a run without a curve gets."""
 
+import errno
 import json
 import shutil
 import struct
@@ -83,6 +84,17 @@ def test_a_run_without_a_curve_has_the_texts_alone(run, tmp_path):
     found = report([folder]).runs[0]
     run_page.write(found)
     assert shown(found).Tags()["images"] == [] and not (folder / "page.png").exists()
+
+
+def test_a_full_disk_costs_the_page_and_not_the_run(run, monkeypatch, capsys):
+    from launch.run import _page
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_page, "draw", full)
+    _page(run)
+    assert capsys.readouterr().err == "launch.run: no page for TensorBoard: [Errno 28] No space left on device\n"
 
 
 @pytest.mark.slow
