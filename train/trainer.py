@@ -105,6 +105,7 @@ class Trainer:
         """Set from outside when a peer is known to be lost: the step at hand ends with PeerLost."""
         self._granted: set[Wish] = set()
         self._saved_at = (-1, time.monotonic())  # step, and when
+        self._checkpoint_s = 0.0  # of the one since the last step
         self.started_at: float | None = None
         """Of time.perf_counter, when the measured clock stood at 0; it runs on while workers change."""
 
@@ -144,7 +145,9 @@ class Trainer:
                 ends = self.finished or Wish.STOP in self._granted
                 if (ends or self._save_due()) and progress.step != self._saved_at[0]:
                     doing("checkpoint")
+                    began = time.perf_counter()
                     save(progress)
+                    self._checkpoint_s = time.perf_counter() - began
                     self._saved_at = progress.step, time.monotonic()
                 if ends or Wish.PAUSE in self._granted:
                     return self._granted
@@ -277,14 +280,16 @@ class Trainer:
 
     def _step(self, loader: Prefetcher) -> StepRecord:
         started, waited = time.perf_counter(), loader.wait_s
+        saved_s, self._checkpoint_s = self._checkpoint_s, 0.0
         progress, order = self.progress, self.order
         learning_rate = self.schedule((progress.step + 1) / order.steps_per_epoch)
         scale = None if self.update.loss_scale.off else self.update.loss_scale.value
         gradients, outcome = self._mean_gradients(loader)
-        norm = norm_of(gradients)
+        norm = norm_of(gradients) if self.compute.records else None  # a GPU begins with it before the loss is there
         loss, correct, *granted = outcome.tolist()
         self._granted = {wish for wish in Wish if granted[wish]}
         loss /= self._living(progress.step + 1)
+        update_began = time.perf_counter()
         grad_norm = self.update.apply(gradients, loss, learning_rate, progress.step + 1, norm)
         progress.step += 1
         self.clock.advance_step()
@@ -308,6 +313,8 @@ class Trainer:
             loss_scale=scale,
             skipped_steps=None if scale is None else self.update.loss_scale.skipped,
             faults=self.clock.fault_values(),
+            update_s=now - update_began,
+            checkpoint_s=saved_s,
         )
 
     def _mean_gradients(self, loader: Prefetcher) -> tuple[list[Tensor], Tensor]:
