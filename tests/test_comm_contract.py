@@ -30,7 +30,7 @@ def test_whole_contract(backend, ranks):
 
 
 FEW = [("gloo", "inside:large"), ("plan:ring", "waiting:all_reduce"), ("shm", "inside:all_reduce")]
-FEW += [("shm", "waiting:exchange"), ("hybrid", "waiting:all_reduce")]
+FEW += [("shm", "waiting:exchange"), ("hybrid", "waiting:all_reduce"), ("shm", "inside:overlapped")]
 
 
 @pytest.mark.parametrize("backend, phase", FEW)

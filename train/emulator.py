@@ -20,7 +20,7 @@ from train.sim.convergence import Epochs
 from train.sim.faults import Condition, Fault, condition, each, slowed
 from train.sim.network import AlphaBeta
 from train.sim.run import INTERVAL, RunTime, quantile, run_time
-from train.sim.step import WIRE_BYTES, StepTime, norm_messages, step_time, update_bytes
+from train.sim.step import WIRE_BYTES, Bucket, StepTime, buckets, norm_messages, step_time, update_bytes
 from train.sim.straggler import expected_max
 from train.sim.workload import Workload
 
@@ -158,6 +158,11 @@ class Emulator:
     def wait_s(self, images_per_chip: float, chips: int) -> float:
         """How much later than the mean chip the slowest of `chips` ends its compute, where nothing is broken."""
         return self.jitter * self.compute_s(images_per_chip) * self.expected_max(chips)
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """Of the gradients, as they are summed: by the emulated chips, and by the real workers."""
+        return buckets(self.workload, self.chip.bucket_ends)
 
     def step(self, global_batch_size: int) -> StepTime:
         """One step; the fullest chip sets the pace, chips without an image stand idle."""
@@ -358,13 +363,18 @@ def check_training(config: dict) -> None:
             f"epochs=auto only prices a run; to train, give a number (ResNet-50 on ImageNet needs about {mean:.1f} at "
             f"a global batch of {batch:,}: epochs={math.ceil(mean)})"
         )
-    if config["gradient_sum"] != "plan":
+    rounded = config["gradient_sum"]
+    if rounded == "fp32":
         return
     if config["numerics"] == "exact":
         raise ValueError(
-            "gradient_sum=plan: numerics=exact sums in full precision and refuses compression; use numerics=fast, or "
-            "gradient_sum=fp32"
+            f"gradient_sum={rounded}: numerics=exact sums in full precision and refuses compression; use "
+            "numerics=fast, or gradient_sum=fp32"
         )
+    if config["wire_dtype"] not in WIRE_BYTES:
+        raise ValueError(f"wire_dtype={config['wire_dtype']}: use one of {', '.join(WIRE_BYTES)}")
+    if rounded == "wire":
+        return
     needed = {
         "workers": ((1,), "one worker adds up all chips"),
         "bn_span": ((1,), "every chip is computed by itself"),
