@@ -118,9 +118,9 @@ def _compose(overrides: list[str], experiment: str | None) -> dict:
     recipe = given[-1] if given else config.get("recipe", NO_RECIPE)
     if recipe != NO_RECIPE:
         # Composed without the experiment, so that none of its own values stay in what the recipe sets.
-        rest = [word for word in words if not word.startswith("experiment=")]
-        alone, of_recipe = _composed([*rest, f"recipe={recipe}", "~experiment"], overrides)
         sets = _set_by(f"recipe/{recipe}")
+        rest = [word for word in words if re.split(r"[=.]", word.lstrip("+~"))[0] in sets]
+        alone, of_recipe = _composed([*rest, f"recipe={recipe}", "~experiment"], overrides)
         config |= {name: alone[name] for name in sets}
         chosen |= {name: of_recipe[name] for name in sets & set(of_recipe)}
     chosen["recipe"] = recipe

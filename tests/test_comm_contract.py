@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from group_contract import BACKENDS, count, unavailable
+from group_contract import count, unavailable
+from group_samples import BACKENDS
 from kill_matrix import BACKENDS as MORTAL
 from kill_matrix import PHASES, killed, victims
 
@@ -13,7 +14,10 @@ ROOT = Path(__file__).parents[1]
 SMALL, LARGE = 100_003, 10_000_000
 
 
-@pytest.mark.parametrize("backend, ranks", [("single", 1), ("gloo", 3), ("plan:nhr", 3), ("shm", 3), ("hybrid", 3)])
+TRIED = [("single", 1), ("gloo", 3), ("plan:nhr", 3), ("shm", 3), ("shm:copies", 2), ("hybrid", 3)]
+
+
+@pytest.mark.parametrize("backend, ranks", TRIED)
 def test_contract(backend, ranks):
     counts = count(backend, ranks, SMALL)
     assert counts["passed"] >= 100, counts

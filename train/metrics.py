@@ -61,6 +61,7 @@ def eval_row(record) -> dict:
         "eval/loss": record.loss,
         "measured/eval_s": record.seconds,
         "emulated/eval_s": record.emulated_eval_s,
+        **record.chips,
     }
     return _row("eval", record, values)
 

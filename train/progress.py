@@ -49,6 +49,8 @@ class EvalRecord:
     emulated_eval_s: float
     measured_s: float
     emulated_s: float
+    chips: dict[str, float] = field(default_factory=dict)
+    """Tag -> number: how far the chips are apart."""
 
 
 @dataclass(frozen=True)
