@@ -222,7 +222,7 @@ def test_a_step_of_another_price_is_drawn_by_its_row_without_links(lanes):
 
 def test_a_measured_step_is_waiting_compute_sum_and_update_in_this_order(lanes):
     begin = 1e6 * (10.0 + 2.5 - 2.0)
-    expected = {"waiting for data": 0.125, "compute": 1.125, "all-reduce": 0.5, "update": 0.25}
+    expected = {"waiting for data": 0.125, "compute": 1.125, "waiting for the all-reduce": 0.5, "update": 0.25}
     for lane, duration in expected.items():
         (found,) = of_step(lanes[trace.MEASURED, lane], 1)
         assert (found["ts"], found["dur"]) == (begin, 1e6 * duration)
@@ -245,7 +245,7 @@ def test_a_real_run_is_drawn_whole(tmp_path):
     for row in rows:
         for process, clock, parts in (
             (trace.EMULATED, "emulated", ["input", "compute", "exposed communication", "other"]),
-            (trace.MEASURED, "measured", ["waiting for data", "compute", "all-reduce", "update"]),
+            (trace.MEASURED, "measured", ["waiting for data", "compute", "waiting for the all-reduce", "update"]),
         ):
             parts += ["waiting for the slowest chip"] if clock == "emulated" else []
             total = sum(seconds(of_step(drawn[process, lane], row["step"])) for lane in parts)

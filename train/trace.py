@@ -33,7 +33,7 @@ MEASURED_LANES = {
     "measured/step_s": "step",
     "measured/data_wait_s": "waiting for data",
     "compute": "compute",
-    "measured/comm_s": "all-reduce",
+    "measured/comm_s": "waiting for the all-reduce",
     "measured/update_s": "update",
     "measured/eval_s": "evaluation",
     "measured/checkpoint_s": "checkpoint",
