@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from train.models.chip_norm import ChipBatchNorm2d, ChipPass, allocate_chips, normalise
+from train.models.chip_norm import ChipBatchNorm2d, ChipPass, allocate_chips, finished, normalise
 from train.models.layout import pixels_first
 from train.models.resnet import ResNet, resnet
 
@@ -34,6 +34,13 @@ LAYERS = {
 EPS = 1e-5
 
 
+class PlainBatchNorm2d(nn.BatchNorm2d):
+    """torch's own over the whole pass, called as ours is."""
+
+    def forward(self, images: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        return finished(super().forward(images), residual, relu)
+
+
 class LoopBatchNorm2d(nn.BatchNorm2d):
     """The plain loop over chips: every chip's images through torch's batch norm, then one concatenation."""
 
@@ -43,10 +50,11 @@ class LoopBatchNorm2d(nn.BatchNorm2d):
         self.register_buffer("means", torch.zeros(chip_pass.count, num_features), persistent=False)
         self.register_buffer("variances", torch.ones(chip_pass.count, num_features), persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         parts = zip(images.chunk(self.chip_pass.count), self.means, self.variances, strict=True)
         rest = (self.weight, self.bias, True, self.momentum, self.eps)
-        return torch.cat([functional.batch_norm(part, mean, var, *rest) for part, mean, var in parts])
+        normalised = [functional.batch_norm(part, mean, var, *rest) for part, mean, var in parts]
+        return finished(torch.cat(normalised), residual, relu)
 
 
 def network(kind: str, chips: int, device: str) -> ResNet:
@@ -60,7 +68,7 @@ def network(kind: str, chips: int, device: str) -> ResNet:
         for name, child in list(module.named_children()):
             if isinstance(child, ChipBatchNorm2d) and kind != "ours":
                 channels = len(child.weight)
-                swap = nn.BatchNorm2d(channels) if kind == "plain" else LoopBatchNorm2d(channels, model.chip_pass)
+                swap = PlainBatchNorm2d(channels) if kind == "plain" else LoopBatchNorm2d(channels, model.chip_pass)
                 setattr(module, name, swap)
     return model.to(device, memory_format=torch.channels_last).train()
 

@@ -1,9 +1,10 @@
 """Measures training ResNet-50 against what else this machine could do, in interleaved turns of one run.
 
-    python scripts/bench_train.py [--json] [--quick] [--only step mesh tax] [--chip-batch 32 16] [--threads 2]
-                                  [--device cpu] [--no-compile]
+    python scripts/bench_train.py [--json] [--quick] [--only step mesh tax] [--chip-batch 32 16] [--chips 1]
+                                  [--threads 2] [--device cpu] [--no-compile]
 
-step  images/s of our trainer (synthetic data through its loader, aggregator, SGD or LARS, metrics file; one chip), of
+step  images/s of our trainer (synthetic data through its loader, aggregator, SGD or LARS, metrics file; so many chips,
+      in one batch of the other sides), of
       torchvision's reference settings (fp32, batch 32, default memory format), of a bare loop (`bare_loop` below), and
       the images/s that the best large bfloat16 product would allow at 24.3 GFLOP an image
 mesh  images of 32 pixels, global batch 8,192 on 8, 64 and 1,024 chips: seconds a step and peak memory, each afresh
@@ -27,13 +28,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE_BATCH = 32  # torchvision's default
-MATMUL_SIZE, QUICK_MATMUL_SIZE = 4096, 1024
+MATMUL_SIZE, QUICK_MATMUL_SIZE, GPU_MATMUL_SIZE = 4096, 1024, 8192
 MESH_SIZE, MESH_BATCH, MESH_CHIPS = 32, 8192, (8, 64, 1024)
 TAX_CASES = ((224, 4, 8, 0.95), (224, 16, 2, 0.9), (32, 256, 2, 0.85))
 QUICK_TAX_CASES = ((32, 16, 2, 0.85),)
 COMPILE_LIMIT_S = 150
 TARGETS = {"ratio_to_reference": 3.5, "ratio_to_bare_loop": 0.97, "matmul_limit_share": 0.7}
 STEPS = {"reference": 1, "bare_loop": 3, "compiled": 3, "harness": 3, "matmul": 4}  # of one turn
+GPU_STEPS = 10  # times as many on a GPU
 
 
 def reference(pace: Callable[[], None], depth: int, image_size: int, device: str, **_) -> None:
@@ -98,7 +100,7 @@ def harness(
     from train.optim.schedule import Polynomial
     from train.optim.sgd import SGD
     from train.optim.update import WeightUpdate
-    from train.precision import choose_device, choose_loss_scale, choose_precision
+    from train.precision import choose_device, choose_loss_scale, choose_precision, use_arithmetic
     from train.progress import Limits
     from train.sim.clock import EmulatedClock
     from train.sim.step import StepTime
@@ -112,6 +114,7 @@ def harness(
     keep_freed_memory()
     device, group = choose_device(device), SingleGroup()
     precision = choose_precision("bf16", device)
+    use_arithmetic(device, precision, exact=False)
     source = Synthetic(image_size, num_train=100 * chips * batch, num_eval=1)
     order = Order(len(source.train), batch, chips, seed=0)
     model = resnet(depth).to(device, memory_format=torch.channels_last)
@@ -249,16 +252,18 @@ def bench_steps(options: argparse.Namespace, say: Callable[[str], None]) -> dict
 
     flops = table(options.depth, "imagenet", options.image_size, 1000).training_flops
     common = {"depth": options.depth, "image_size": options.image_size, "device": options.device}
-    size = QUICK_MATMUL_SIZE if options.quick else MATMUL_SIZE
+    on_gpu = options.device == "cuda"
+    size = QUICK_MATMUL_SIZE if options.quick else GPU_MATMUL_SIZE if on_gpu else MATMUL_SIZE
     base = {
         "reference": Side("reference", options.threads, **common),
         "matmul": Side("matmul", options.threads, size=size, device=options.device),
     }
     try_compiling, compiled, rows = options.compile, False, []
-    for batch in options.chip_batch:
-        sides = dict(base)
+    for chip_batch in options.chip_batch:
+        sides, batch = dict(base), options.chips * chip_batch
         sides["bare_loop"] = Side("bare_loop", options.threads, batch=batch, compiled=False, **common)
-        sides["harness"] = Side("harness", options.threads, batch=batch, chips=1, optimizer=options.optim, **common)
+        chips = {"batch": chip_batch, "chips": options.chips, "optimizer": options.optim}
+        sides["harness"] = Side("harness", options.threads, **chips, **common)
         for name in ("bare_loop", "harness") if rows else sides:
             sides[name].ready()
         if try_compiling or compiled:
@@ -269,10 +274,12 @@ def bench_steps(options: argparse.Namespace, say: Callable[[str], None]) -> dict
         times: dict[str, list[float]] = {name: [] for name in sides}
         for number in range(options.rounds):
             for name in list(sides) if number % 2 else list(reversed(sides)):
-                times[name].append(sides[name].turn(STEPS[name]) / STEPS[name])
+                steps = STEPS[name] * (GPU_STEPS if on_gpu else 1)
+                times[name].append(sides[name].turn(steps) / steps)
         for name in set(sides) - set(base):
             sides[name].close()
-        rows.append(row := step_row(times, batch, flops, 2.0 * size**3))
+        row = {"chips": options.chips, "chip_batch": chip_batch} | step_row(times, batch, flops, 2.0 * size**3)
+        rows.append(row)
         try_compiling, compiled = False, row["bare_loop"] == "compiled"
         say(step_line(row))
     for side in base.values():
@@ -293,7 +300,6 @@ def step_row(times: dict[str, list[float]], batch: int, image_flops: float, prod
         return statistics.median(h / o for h, o in zip(rates["harness"], rates[other], strict=True))
 
     return {
-        "chip_batch": batch,
         "reference_images_per_s": statistics.median(rates["reference"]),
         "bare_loop_images_per_s": forms[bare],
         "harness_images_per_s": statistics.median(rates["harness"]),
@@ -312,7 +318,7 @@ def step_line(row: dict) -> str:
     forms = ", ".join(f"{name} {rate:.2f}" for name, rate in row["bare_loop_forms_images_per_s"].items())
     ratios = ", ".join(f"{row[key]:.2f} {key} (at least {least})" for key, least in TARGETS.items())
     return (
-        f"chip batch {row['chip_batch']}: harness {row['harness_images_per_s']:.2f} images/s, bare loop {forms}, "
+        f"{row['chips']} x {row['chip_batch']} images: ours {row['harness_images_per_s']:.2f} a second, bare loop {forms}, "
         f"reference {row['reference_images_per_s']:.2f}, matmul limit {row['matmul_limit_images_per_s']:.1f} "
         f"({row['matmul_gflops_per_s']:.0f} GFLOP/s)\n    {ratios}"
     )
@@ -369,6 +375,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round, small cases, nothing compiled")
     parser.add_argument("--only", nargs="+", choices=("step", "mesh", "tax"), default=["step", "mesh", "tax"])
     parser.add_argument("--chip-batch", type=int, nargs="+", default=[32, 16])
+    parser.add_argument("--chips", type=int, default=1, help="of our trainer, in the part step")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every side")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="the bare loop is eager")

@@ -29,6 +29,7 @@ from torch.nn import functional
 
 from train.comm.aggregation import TreeAggregator
 from train.comm.groups import SingleGroup
+from train.compute import chip_losses
 from train.metrics import finite, write_aside
 from train.models.chip_norm import allocate_chips, chip_moments
 from train.models.layout import chip_after_chip
@@ -38,7 +39,6 @@ from train.optim.sgd import SGD
 from train.optim.update import WeightUpdate
 from train.precision import LossScale, choose_precision, describe_device
 from train.report import markdown_table
-from train.trainer import chip_losses
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "emulated_equals_real.md"
 CHIPS = 4

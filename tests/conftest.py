@@ -15,6 +15,9 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two times two threads on two cores wait for each other
 
+if not Path("/dev/nvidiactl").exists():  # without a GPU its kernels are interpreted; Triton must know when it is loaded
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 LEFT_OUT: pytest.StashKey[Counter] = pytest.StashKey()
 START_RAY = {"test_certify", "test_chaos", "test_launch_placement", "test_launch_run", "test_launch_submit_runs"}
 MARKS = ("slow", "gpu", "slurm", "sample", "simgrid", "netns")

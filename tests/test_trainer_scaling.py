@@ -14,13 +14,13 @@ from training_samples import tiny
 from train import checkpoint, precision
 from train.build import Worker, WorkerContext, run_worker
 from train.checkpoint_files import attempts, checkpoint_path
+from train.compute import chip_losses
 from train.metrics import read_rows
 from train.models.chip_norm import ChipPass, chip_moments
 from train.optim.lars import LARS
 from train.optim.sgd import SGD
 from train.optim.update import DivergedError, WeightUpdate
 from train.precision import LossScale, choose_loss_scale, choose_precision
-from train.trainer import chip_losses
 
 # 4 x 4 pixels: there oneDNN's float16 convolutions, which are slow, are not needed
 SMALL = ("data.image_size=4", "mesh.axes.host=2", "chip_batch_size=8", "eval_every=100", "schedule.warmup_epochs=0")

@@ -39,7 +39,7 @@ from train.metrics import Sink, open_sinks, read_rows
 from train.models.chip_norm import allocate_chips
 from train.models.passes import check_batch_norm, images_per_pass, moments_of, plan_passes
 from train.optim.update import WeightUpdate
-from train.precision import choose_device, choose_loss_scale, choose_precision, gradient_dtypes
+from train.precision import choose_device, choose_loss_scale, choose_precision, gradient_dtypes, use_arithmetic
 from train.progress import Limits, Progress, StepRecord, Wish
 from train.records import find, load
 from train.recovery import Agreement, Joined, Membership, Offer, agree, farthest
@@ -74,6 +74,7 @@ class Worker:
         keep_freed_memory()
         self.device = choose_device(context.device)
         self.precision = choose_precision(config["precision"], self.device)
+        use_arithmetic(self.device, self.precision, config["numerics"] == "exact")
         self.source = emulator.make(config["data"])
         emulator.check_training(config)
         self.emulator = emulator.build(
@@ -394,7 +395,6 @@ def chip_batch_size(config: dict, num_chips: int) -> int:
     if given is not None:
         return given  # the emulator has held it against the global batch
     if total % num_chips:
-        raise ValueError(
-            f"global_batch_size={total} does not divide among {num_chips} chips; take a multiple of {num_chips}"
-        )
+        remedy = f"take a multiple of {num_chips}"
+        raise ValueError(f"global_batch_size={total} does not divide among {num_chips} chips; {remedy}")
     return total // num_chips

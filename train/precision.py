@@ -43,6 +43,17 @@ def choose_precision(precision: str, device: str) -> Precision:
     return Precision(precision, DTYPES[precision], "as configured")
 
 
+def use_arithmetic(device: str, precision: Precision, exact: bool) -> None:
+    """What a GPU's libraries may do: float32 means float32 (no TF32); `exact` takes the same algorithm every time.
+
+    Otherwise cuDNN tries its algorithms on each new shape and takes the fastest.
+    """
+    if device.startswith("cuda"):
+        tf32 = precision.dtype != torch.float32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = exact, not exact
+
+
 @dataclass
 class LossScale:
     """The factor of the loss, so that gradients do not vanish below float16's range, and what an overflow does to it.

@@ -26,11 +26,12 @@ from torch.nn import functional
 from train.comm.aggregation import Aggregator
 from train.comm.backup import Backup
 from train.comm.groups import Group, PeerLost
+from train.compute import Compute
 from train.data.loader import Prefetcher
 from train.data.order import Order, eval_batches
 from train.data.source import Source
 from train.models.chip_norm import ChipPass, chip_moments, evaluation_moments
-from train.models.damage import Damage, frozen_statistics, group_of, without
+from train.models.damage import Damage, frozen_statistics, group_of
 from train.optim.update import DivergedError, WeightUpdate
 from train.precision import Precision
 from train.progress import EvalRecord, Limits, Progress, StepRecord, Wish, as_record, doing, due
@@ -93,6 +94,7 @@ class Trainer:
         self.clock, self.limits, self.precision, self.timeline = clock, limits, precision, timeline
         self.label_smoothing, self.device = label_smoothing, device
         self.parameters = list(model.parameters())
+        self.compute = Compute(model, label_smoothing, precision, device)
         self.progress = Progress()
         self.recent: deque[StepRecord | EvalRecord] = deque(maxlen=NUM_RECENT)
         self.wishes = wishes or {wish: threading.Event() for wish in Wish}
@@ -361,14 +363,8 @@ class Trainer:
 
         `lost`: the chips of the pass, counted from its first, that have no part in it.
         """
-        self.model.chip_pass.first = chip_pass.first - self.first_chip
-        self.model.chip_pass.count, self.model.chip_pass.sizes = chip_pass.count, chip_pass.sizes
-        logits = self.model(images).float()
-        if lost:
-            logits, labels, chip_pass = without(lost, logits, labels, chip_pass)
-        loss = chip_losses(logits, labels, chip_pass, self.label_smoothing)
-        (loss * self.update.loss_scale.value).backward()
-        return loss.detach(), (logits.detach().argmax(1) == labels).sum().to(loss.dtype)
+        own = replace(chip_pass, first=chip_pass.first - self.first_chip)
+        return self.compute(own, images, labels, self.update.loss_scale.value, lost)
 
     def _batches(self) -> Iterator[tuple[int, np.ndarray]]:
         """(epoch, sample indices) of every pass still to come."""
@@ -380,18 +376,3 @@ class Trainer:
 
     def _due(self, every: float, offset: float) -> bool:
         return due(self.progress.step, self.total_steps, self.order.steps_per_epoch, every, offset)
-
-
-def chip_losses(logits: Tensor, labels: Tensor, chip_pass: ChipPass, label_smoothing: float) -> Tensor:
-    """The sum over a pass's chips of each chip's own mean cross-entropy, a scalar in the dtype of the logits.
-
-    `logits` [images, classes] in float32 or float64 and `labels` [images] lie chip after chip.
-    """
-    if not chip_pass.count:
-        return logits.sum()  # of none: 0, and so are its gradients
-    if chip_pass.sizes is None:
-        total = functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
-        return total / (len(labels) // chip_pass.count)
-    losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
-    sizes = torch.tensor(chip_pass.sizes, device=losses.device)
-    return (losses / sizes.repeat_interleave(sizes)).sum()

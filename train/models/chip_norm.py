@@ -1,10 +1,11 @@
 """Batch normalisation per emulated chip: every chip normalises its own images and keeps its own running statistics.
 
 Ioffe and Szegedy 2015 (arXiv 1502.03167), its gradient as in section 3; statistics per accelerator as in Goyal et al.
-2017 (arXiv 1706.02677, section 3). Two forms compute the same:
+2017 (arXiv 1706.02677, section 3). Three forms compute the same:
 
 - loop: torch's own kernel, group after group, written into one result: no concatenation, no autograd node per group;
-- beside: one call of that kernel for all groups, which lie beside the channels (see train/models/layout).
+- beside: one call of that kernel for all groups, which lie beside the channels (see train/models/layout);
+- fused: on a GPU, kernels for all groups that take ReLU and the residual sum along (see train/models/chip_norm_cuda).
 
 The loop leaves autograd's bookkeeping for every small operation aside (`inference_mode` around what fills existing
 tensors), which is an eighth of its time on small groups.
@@ -12,6 +13,8 @@ tensors), which is an eighth of its time on small groups.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +30,16 @@ ResNet-50, bfloat16, one thread, time of one plain batch norm over that of chips
 channels: 32 pixels, 256 chips of 2 images 0.65 and 0.93, of 8 0.93 and 1.10; 128 pixels, 16 of 4 0.96 and 0.94;
 224 pixels, 16 of 2 0.96 and 0.87, 4 of 8 0.99 and 0.93 (scripts/bench_chip_norm.py has single layers too). torch's
 group norm with a group for each channel is no alternative: below 1,024 values of a channel it takes 60 times as long
-as one plain batch norm. On CUDA the limit is an estimate.
+as one plain batch norm. The kernels of a GPU need no interleaving.
 """
 
-Moments = tuple[Tensor, Tensor, Tensor]
+Three = tuple[Tensor, Tensor, Tensor]
 """A form's result: output, mean and 1 / sqrt(variance + eps) [groups, C]; or gradients of images, weight and bias."""
+Moments = list[tuple["ChipBatchNorm2d", Tensor, Tensor]]
+"""Layers with their groups' means and unbiased variances [groups, C]."""
 
 
-def loop_forward(images: Tensor, weight: Tensor, bias: Tensor, eps: float, sizes: tuple[int, ...]) -> Moments:
+def loop_forward(images: Tensor, weight: Tensor, bias: Tensor, eps: float, sizes: tuple[int, ...]) -> Three:
     """Normalise each group's `sizes` images [sum(sizes), C, H, W] by torch's kernel."""
     output = torch.empty_like(images)
     mean = weight.new_empty(len(sizes), len(weight))
@@ -47,7 +52,7 @@ def loop_forward(images: Tensor, weight: Tensor, bias: Tensor, eps: float, sizes
 
 def loop_backward(
     gradient: Tensor, images: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, eps: float, sizes: tuple[int, ...]
-) -> Moments:
+) -> Three:
     """Gradients of `loop_forward`: of the images, the weight and the bias."""
     kernel, wanted = torch.ops.aten.native_batch_norm_backward.default, [True] * 3
     if len(sizes) == 1:
@@ -64,7 +69,7 @@ def loop_backward(
     return result, d_weight, d_bias
 
 
-def beside_forward(images: Tensor, weight: Tensor, bias: Tensor, eps: float, sizes: tuple[int, ...]) -> Moments:
+def beside_forward(images: Tensor, weight: Tensor, bias: Tensor, eps: float, sizes: tuple[int, ...]) -> Three:
     """Normalise interleaved groups of one size, stored pixel after pixel, as one batch norm of groups x C channels."""
     groups = len(sizes)
     parameters = weight.repeat(groups), bias.repeat(groups)
@@ -74,7 +79,7 @@ def beside_forward(images: Tensor, weight: Tensor, bias: Tensor, eps: float, siz
 
 def beside_backward(
     gradient: Tensor, images: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, eps: float, sizes: tuple[int, ...]
-) -> Moments:
+) -> Three:
     """Gradients of `beside_forward`: of the images, the weight and the bias."""
     groups = len(sizes)
     wide = _beside(gradient, groups), _beside(images, groups), weight.repeat(groups)
@@ -126,8 +131,8 @@ class _Normalise(torch.autograd.Function):
 class Form:
     """One way to compute a pass's batch norms: its forward and backward function."""
 
-    forward: Callable[..., Moments]
-    backward: Callable[..., Moments]
+    forward: Callable[..., Three]
+    backward: Callable[..., Three]
 
 
 LOOP = Form(loop_forward, loop_backward)
@@ -136,21 +141,48 @@ BESIDE = Form(beside_forward, beside_backward)
 
 def normalise(
     images: Tensor, weight: Tensor, bias: Tensor, eps: float, sizes: tuple[int, ...], beside: bool = False
-) -> Moments:
+) -> Three:
     """Batch norm of groups of `sizes` images, each with its own statistics; differentiable once.
 
     images [sum(sizes), C, H, W] of any floating type, group after group, or interleaved groups of one size (beside);
     weight and bias [C] in float32 or float64 -> output like the images; each group's mean and biased variance
     [groups, C] like the weight. Raises ValueError if a group has only one value for each channel.
     """
+    check_values(images, sizes)
+    images = pixels_first(images) if beside else images.contiguous(memory_format=memory_format(images))
+    output, mean, rstd = _Normalise.apply(images, weight, bias, eps, sizes, BESIDE if beside else LOOP)
+    return output, mean, rstd.pow(-2).sub_(eps).clamp_(min=0)
+
+
+def check_values(images: Tensor, sizes: tuple[int, ...]) -> None:
+    """ValueError if a group has only one value for each channel."""
     if min(sizes) * images.shape[2] * images.shape[3] < 2:
         raise ValueError(
             f"chip_batch_size={min(sizes)}: batch norm needs more than one value for each channel, and this layer's "
             f"images are {images.shape[2]} x {images.shape[3]}; use at least 2 images a chip, or bn_span=2"
         )
-    images = pixels_first(images) if beside else images.contiguous(memory_format=memory_format(images))
-    output, mean, rstd = _Normalise.apply(images, weight, bias, eps, sizes, BESIDE if beside else LOOP)
-    return output, mean, rstd.pow(-2).sub_(eps).clamp_(min=0)
+
+
+def finished(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """What follows a batch norm in a residual network, as operations of their own."""
+    if residual is not None:
+        output = output + residual
+    return torch.relu(output) if relu else output
+
+
+def fuses(images: Tensor, sizes: tuple[int, ...]) -> bool:
+    """Whether the fused form can compute them."""
+    if not images.is_cuda or not has_triton():
+        return False
+    from train.models import chip_norm_cuda
+
+    return images.dtype in chip_norm_cuda.DTYPES and len(set(sizes)) == 1
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed; it comes with torch for CUDA."""
+    return find_spec("triton") is not None
 
 
 @dataclass
@@ -167,6 +199,8 @@ class ChipPass:
     span: int = 1
     sizes: tuple[int, ...] | None = None
     interleaved: bool = False
+    moments: Moments | None = None
+    """Where the layers put their moments for `update_statistics`; None: at once into their running statistics."""
 
     def through(self, layers: Callable[[Tensor], Tensor], images: Tensor, training: bool) -> Tensor:
         """`layers(images)`, which in between are interleaved where that is faster; images and result [N, ...]."""
@@ -183,7 +217,8 @@ class ChipPass:
         """Whether these images go through the network interleaved in training: small ones, of several equal groups."""
         pixels = images.shape[2] * images.shape[3]
         alike = self.sizes is None or len(set(self.group_sizes(len(images)))) == 1
-        return len(self.groups()) > 1 and pixels <= MAX_PIXELS_INTERLEAVED and alike
+        small = pixels <= MAX_PIXELS_INTERLEAVED and images.device.type == "cpu"
+        return len(self.groups()) > 1 and small and alike
 
     def groups(self) -> range:
         """The batch-norm groups of this pass, numbered from the worker's first chip."""
@@ -225,22 +260,34 @@ class ChipBatchNorm2d(nn.Module):
         self.register_buffer("chip_mean", None, persistent=False)
         self.register_buffer("chip_var", None, persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """The images normalised, plus `residual`, rectified if `relu`."""
+        parameters = self.weight, self.bias
         if not self.training:
             mean, var = self.running_mean, self.running_var
-            return functional.batch_norm(images, mean, var, self.weight, self.bias, False, 0.0, self.eps)
-        groups, sizes = self.chip_pass.groups(), self.chip_pass.group_sizes(len(images))
-        output, mean, var = normalise(images, self.weight, self.bias, self.eps, sizes, self.chip_pass.interleaved)
-        self._update(slice(groups.start, groups.stop), mean, var, images, sizes)
+            return finished(functional.batch_norm(images, mean, var, *parameters, False, 0.0, self.eps), residual, relu)
+        sizes = self.chip_pass.group_sizes(len(images))
+        if fuses(images, sizes):
+            from train.models import chip_norm_cuda
+
+            check_values(images, sizes)
+            output, mean, var = chip_norm_cuda.normalise(images, *parameters, self.eps, len(sizes), residual, relu)
+        else:
+            output, mean, var = normalise(images, *parameters, self.eps, sizes, self.chip_pass.interleaved)
+            output = finished(output, residual, relu)
+        self._update(mean, var, images, sizes)
         return output
 
     @torch.no_grad()
-    def _update(self, groups: slice, mean: Tensor, var: Tensor, images: Tensor, sizes: tuple[int, ...]) -> None:
+    def _update(self, mean: Tensor, var: Tensor, images: Tensor, sizes: tuple[int, ...]) -> None:
         values = [size * images.shape[2] * images.shape[3] for size in sizes]
         unbiased = [count / (count - 1) for count in values]
         factor = unbiased[0] if len(set(sizes)) == 1 else var.new_tensor(unbiased).unsqueeze(1)
-        self.chip_mean[groups].lerp_(mean, self.momentum)
-        self.chip_var[groups].lerp_(var.mul_(factor), self.momentum)
+        moments = [(self, mean, var.mul_(factor))]
+        if self.chip_pass.moments is None:
+            update_statistics(moments, self.chip_pass.groups())
+        else:
+            self.chip_pass.moments += moments
 
 
 def norm_layers(model: nn.Module) -> list[ChipBatchNorm2d]:
@@ -255,6 +302,15 @@ def allocate_chips(model: nn.Module, num_chips: int, span: int) -> None:
         shape = (num_chips // span, len(norm.running_mean))
         norm.chip_mean = norm.running_mean.new_zeros(shape)
         norm.chip_var = norm.running_var.new_ones(shape)
+
+
+@torch.no_grad()
+def update_statistics(moments: Moments, groups: range) -> None:
+    """Put the moments of a pass into the running statistics of its groups, numbered from the worker's first chip."""
+    rows = slice(groups.start, groups.stop)
+    for norm, mean, var in moments:
+        norm.chip_mean[rows].lerp_(mean, norm.momentum)
+        norm.chip_var[rows].lerp_(var, norm.momentum)
 
 
 def chip_moments(model: nn.Module) -> list[Tensor]:

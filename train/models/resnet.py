@@ -10,7 +10,6 @@ ReLU and the residual sum make new tensors: on a CPU torch's bfloat16 kernels ta
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from train.models.chip_norm import ChipBatchNorm2d, ChipPass, norm_layers
@@ -43,9 +42,8 @@ class BasicBlock(nn.Module):
         self.downsample = shortcut(inputs, width * self.expansion, stride, chip_pass)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return torch.relu(y + self.downsample(x))
+        y = self.bn1(self.conv1(x), relu=True)
+        return self.bn2(self.conv2(y), residual=self.downsample(x), relu=True)
 
     @property
     def last_norm(self) -> ChipBatchNorm2d:
@@ -68,10 +66,9 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut(inputs, width * self.expansion, stride, chip_pass)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.bn1(self.conv1(x)))
-        y = torch.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return torch.relu(y + self.downsample(x))
+        y = self.bn1(self.conv1(x), relu=True)
+        y = self.bn2(self.conv2(y), relu=True)
+        return self.bn3(self.conv3(y), residual=self.downsample(x), relu=True)
 
     @property
     def last_norm(self) -> ChipBatchNorm2d:
@@ -123,7 +120,7 @@ class ResNet(nn.Module):
         return self.chip_pass.through(self._layers, images, self.training)
 
     def _layers(self, images: Tensor) -> Tensor:
-        x = self.maxpool(torch.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(self.bn1(self.conv1(images), relu=True))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(x.mean((2, 3)))
 

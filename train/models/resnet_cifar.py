@@ -7,7 +7,6 @@ zeros of its option A: 2,752 parameters more, at any depth.
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from train.models.chip_norm import ChipBatchNorm2d, ChipPass
@@ -32,7 +31,7 @@ class CifarResNet(nn.Module):
         return self.chip_pass.through(self._layers, images, self.training)
 
     def _layers(self, images: Tensor) -> Tensor:
-        x = torch.relu(self.bn1(self.conv1(images)))
+        x = self.bn1(self.conv1(images), relu=True)
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(x.mean((2, 3)))
 

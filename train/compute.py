@@ -1,0 +1,121 @@
+"""What a pass computes: its chips' losses, correct answers and gradients; on a GPU as one CUDA graph.
+
+A graph is recorded once for each shape of a pass, and the CPU starts it with one call in place of a thousand. It works
+on memory of its own: images, labels and loss scale are copied in, gradients and the batch norms' moments copied out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from train.models.chip_norm import ChipPass, Moments, update_statistics
+from train.models.damage import without
+from train.precision import Precision
+
+WARM_UPS = 3
+"""Eager passes before a recording: kernels are compiled, cuDNN's chosen, and workspaces made."""
+
+Outcome = tuple[Tensor, Tensor]
+"""The sum of the chips' mean losses and the number of correct answers."""
+
+
+@dataclass
+class Recorded:
+    """A graph and the memory that it works on."""
+
+    graph: torch.cuda.CUDAGraph
+    given: tuple[Tensor, Tensor, Tensor]
+    outcome: Outcome
+    gradients: list[Tensor]
+    moments: Moments
+
+
+class Compute:
+    """Forward and backward of a worker's passes through its model."""
+
+    def __init__(self, model: nn.Module, label_smoothing: float, precision: Precision, device: str) -> None:
+        self._model, self._label_smoothing, self._precision = model, label_smoothing, precision
+        self._device, self._records = device, device.startswith("cuda")
+        self._parameters = list(model.parameters())
+        self._recorded: dict[tuple, Recorded] = {}
+
+    def __call__(self, chip_pass: ChipPass, images: Tensor, labels: Tensor, scale: float, lost: list[int]) -> Outcome:
+        """Leaves `scale` times the loss's gradients in the parameters. `chip_pass` counts from the worker's first chip.
+
+        `lost`: the chips of the pass, counted from its first, that have no part in it.
+        """
+        own = self._model.chip_pass
+        own.first, own.count, own.sizes = chip_pass.first, chip_pass.count, chip_pass.sizes
+        if not self._records or lost or chip_pass.sizes is not None:
+            return self._forward_backward(images, labels, scale, lost)
+        key = own.count, own.span, tuple(images.shape)
+        if key not in self._recorded:
+            self._recorded[key] = self._record(images, labels, scale)
+        return self._replay(self._recorded[key], images, labels, scale)
+
+    def _forward_backward(self, images: Tensor, labels: Tensor, scale: float | Tensor, lost: list[int]) -> Outcome:
+        logits, chip_pass = self._model(images).float(), self._model.chip_pass
+        if lost:
+            logits, labels, chip_pass = without(lost, logits, labels, chip_pass)
+        loss = chip_losses(logits, labels, chip_pass, self._label_smoothing)
+        (loss * scale).backward()
+        return loss.detach(), (logits.detach().argmax(1) == labels).sum().to(loss.dtype)
+
+    def _replay(self, recorded: Recorded, *given: Tensor | float) -> Outcome:
+        for own, value in zip(recorded.given, given, strict=True):
+            own.copy_(value) if isinstance(value, Tensor) else own.fill_(value)
+        recorded.graph.replay()
+        for parameter, gradient in zip(self._parameters, torch._foreach_mul(recorded.gradients, 1.0), strict=True):
+            parameter.grad = gradient
+        update_statistics(recorded.moments, self._model.chip_pass.groups())
+        loss, correct = recorded.outcome
+        return loss.clone(), correct.clone()
+
+    def _record(self, images: Tensor, labels: Tensor, scale: float) -> Recorded:
+        given = images.clone(), labels.clone(), torch.tensor(scale, dtype=torch.float32, device=self._device)
+        chip_pass, graph = self._model.chip_pass, torch.cuda.CUDAGraph()
+        here, stream = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        stream.wait_stream(here)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    chip_pass.moments = []
+                    self._with_own_casts(*given)
+                    self._forget_gradients()
+            here.wait_stream(stream)
+            chip_pass.moments = moments = []
+            # the thread that loads data may allocate meanwhile
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                outcome = self._with_own_casts(*given)
+        finally:
+            chip_pass.moments = None
+        gradients = [parameter.grad for parameter in self._parameters]
+        self._forget_gradients()
+        return Recorded(graph, given, outcome, gradients, moments)
+
+    def _with_own_casts(self, images: Tensor, labels: Tensor, scale: Tensor) -> Outcome:
+        """Weights cast within, since autocast's cache of them is memory of which a replay knows nothing."""
+        kind, dtype = self._device.split(":")[0], self._precision.dtype
+        with torch.autocast(kind, dtype, enabled=dtype != torch.float32, cache_enabled=False):
+            return self._forward_backward(images, labels, scale, [])
+
+    def _forget_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
+def chip_losses(logits: Tensor, labels: Tensor, chip_pass: ChipPass, label_smoothing: float) -> Tensor:
+    """The sum over a pass's chips of each chip's own mean cross-entropy, a scalar in the dtype of the logits.
+
+    `logits` [images, classes] in float32 or float64 and `labels` [images] lie chip after chip.
+    """
+    if not chip_pass.count:
+        return logits.sum()  # of none: 0, and so are its gradients
+    if chip_pass.sizes is None:
+        total = functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+        return total / (len(labels) // chip_pass.count)
+    losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    sizes = torch.tensor(chip_pass.sizes, device=losses.device)
+    return (losses / sizes.repeat_interleave(sizes)).sum()
