@@ -41,7 +41,7 @@ def dumps(made: Emulator, seed: int = 0, steps: int = NUM_STEPS) -> str:
 
 def events(made: Emulator, seed: int = 0, steps: int = NUM_STEPS) -> list[dict]:
     """Trace events of the first `steps` steps, from 0 on."""
-    step, late = made.step(made.global_batch_size), lateness(made, seed, steps)
+    step, late = made.course().at(1), lateness(made, seed, steps)
     reduces, links_end = _reduces(made)
     period = max(step.step_s, links_end)
     lanes = {"all_reduce": "all-reduce"} | {link.name: link.name for link in made.mesh.topology.link_classes}
@@ -66,8 +66,9 @@ def events(made: Emulator, seed: int = 0, steps: int = NUM_STEPS) -> list[dict]:
 
 def lateness(made: Emulator, seed: int, steps: int) -> np.ndarray:
     """[steps, chips]: seconds that each chip with work computes longer than the mean one; the largest is the wait."""
-    step, random = made.step(made.global_batch_size), np.random.default_rng(seed)
-    natural = made.wait_s(math.ceil(made.global_batch_size / made.mesh.num_chips), made.active_chips)
+    step, random = made.course().at(1), np.random.default_rng(seed)
+    images = math.ceil(made.global_batch_size / made.mesh.num_chips)
+    natural = made.wait_s(images, made.active_chips, made.sizes[0][1])
     late = np.zeros((steps, made.active_chips))
     for row in late if natural else []:
         drawn = draw(made.calibration.straggler, made.active_chips, random)
@@ -90,7 +91,7 @@ def chosen(late: np.ndarray) -> dict[int, str]:
 
 def _chip(made: Emulator, process: int, begin: float, number: int, late: float) -> list[dict]:
     """One step of a chip that computes `late` seconds longer than the mean one, its parts one after another."""
-    step, forward = made.step(made.global_batch_size), made.workload.forward_flops / made.workload.training_flops
+    step, forward = made.course().at(1), made.sizes[0][1].forward_flops / made.sizes[0][1].training_flops
     compute_s = step.compute_s + late
     launches = step.other_s - made.update_s
     parts = [
@@ -113,10 +114,11 @@ def _chip(made: Emulator, process: int, begin: float, number: int, late: float) 
 
 def _reduces(made: Emulator) -> tuple[list[tuple[float, float, float]], float]:
     """(begin, seconds, bytes) of each bucket's all-reduce, in seconds of the step, and when the last one ends."""
-    given = made.step_inputs(math.ceil(made.global_batch_size / made.mesh.num_chips), made.active_chips)
+    images = math.ceil(made.global_batch_size / made.mesh.num_chips)
+    given = made.step_inputs(images, made.active_chips, workload=made.sizes[0][1])
     if made.active_chips == 1:
         return [], 0.0
-    step, lane = made.step(made.global_batch_size), max(given["compute_s"], given["floor_s"])
+    step, lane = made.course().at(1), max(given["compute_s"], given["floor_s"])
     cut = buckets(given["workload"], given["bucket_ends"])
     sizes = [bucket.parameters * given["wire_bytes"] for bucket in cut]
     seconds = [given["all_reduce_s"](size) for size in sizes]
