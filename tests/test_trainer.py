@@ -190,13 +190,13 @@ def test_an_evaluation_is_that_of_all_images_at_once():
         moment.copy_(torch.rand_like(moment) + 0.5)
     dataset = worker.source.eval
     seen = []
-    original = dataset.batch
-    dataset.batch = lambda indices, **keys: (seen.extend(indices.tolist()), original(indices, **keys))[1]
+    original = dataset.start
+    dataset.start = lambda indices, **keys: (seen.extend(indices.tolist()), original(indices, **keys))[1]
     record = worker.trainer.evaluate()
     assert sorted(seen) == list(range(360)) and record.images == 360
     for mean, moments in zip(evaluation_moments(worker.model), chip_moments(worker.model), strict=True):
         torch.testing.assert_close(mean, moments.mean(0))
-    images, labels = original(torch.arange(360).numpy(), seed=0, epoch=0)
+    images, labels = dataset.batch(torch.arange(360).numpy(), seed=0, epoch=0)
     with torch.inference_mode():
         logits = worker.model.eval()(images)
     assert record.top1 * 360 == (logits.argmax(1) == labels).sum().item()
