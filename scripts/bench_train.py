@@ -88,6 +88,7 @@ def harness(
 
     from train.callbacks import Callback, MetricsCallback
     from train.comm.aggregation import SumAggregator
+    from train.comm.buckets import Afterwards, GradientSums
     from train.comm.groups import SingleGroup
     from train.data.order import Order
     from train.data.synthetic import Synthetic
@@ -138,7 +139,10 @@ def harness(
         device=device,
     )
     passes = plan_passes(keys, chips, range(chips), room)
-    trainer.take(Part(group, SumAggregator(group), SumAggregator(group), None, passes))
+    sums = GradientSums(
+        trainer.parameters, [len(trainer.parameters)], partial(SumAggregator, group), SumAggregator(group), Afterwards()
+    )
+    trainer.take(Part(group, sums, SumAggregator(group), None, passes))
     with tempfile.TemporaryDirectory() as folder:
         trainer.train([MetricsCallback([JsonlSink(folder)]), Paced()], save=partial(max, 0))
 
@@ -318,7 +322,7 @@ def step_line(row: dict) -> str:
     forms = ", ".join(f"{name} {rate:.2f}" for name, rate in row["bare_loop_forms_images_per_s"].items())
     ratios = ", ".join(f"{row[key]:.2f} {key} (at least {least})" for key, least in TARGETS.items())
     return (
-        f"{row['chips']} x {row['chip_batch']} images: ours {row['harness_images_per_s']:.2f} a second, bare loop {forms}, "
+        f"{row['chips']} x {row['chip_batch']} images: {row['harness_images_per_s']:.2f} images/s, bare loop {forms}, "
         f"reference {row['reference_images_per_s']:.2f}, matmul limit {row['matmul_limit_images_per_s']:.1f} "
         f"({row['matmul_gflops_per_s']:.0f} GFLOP/s)\n    {ratios}"
     )

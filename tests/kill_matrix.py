@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,17 @@ from rank_processes import run_ranks
 from torch.distributed import PrefixStore
 
 from train.comm import peers
+from train.comm.aggregation import SumAggregator
+from train.comm.buckets import GradientSums, InThread
 from train.comm.groups import PeerLost
 
 LIMIT_S = 1.0
 SHORT_TIMEOUT_S = 2.0
 KILL_AFTER_S = 0.25
 BACKENDS = ("gloo", "plan:ring", "plan:halving_doubling", "shm", "hybrid")
-OPERATIONS = "all_reduce large asynchronous all_gather reduce_scatter broadcast barrier send exchange".split()
+OPERATIONS = (
+    "all_reduce large asynchronous overlapped all_gather reduce_scatter broadcast barrier send exchange".split()
+)
 PHASES = (
     "unannounced",  # before it has said where it is
     "connect",  # the connections are there, the transport is being made
@@ -40,6 +45,7 @@ PHASES = (
     "close",
 )
 NAMES = {"large": "all_reduce", "asynchronous": "all_reduce", "subgroup": "connect", "idle": "all_reduce"}
+SEVERAL = {"send": ("send", "recv"), "overlapped": ("all_reduce", "sum_shared", "shared", "connect")}
 
 
 def die(store: Any) -> None:
@@ -54,6 +60,8 @@ def operate(group: Any, operation: str) -> None:
         group.all_reduce(value)
     elif operation == "asynchronous":
         group.all_reduce(value, async_op=True).wait()
+    elif operation == "overlapped":
+        overlap(group)
     elif operation == "all_gather":
         group.all_gather(value)
     elif operation == "reduce_scatter":
@@ -74,6 +82,17 @@ def operate(group: Any, operation: str) -> None:
             turn = (peer - rank) % n
             if turn != rank:
                 group.exchange([value], [torch.empty_like(value)], turn)
+
+
+def overlap(group: Any) -> None:
+    """A few steps of a small network, whose gradients are summed in three buckets beside the backward pass."""
+    network = torch.nn.Sequential(*[torch.nn.Linear(200, 200) for _ in range(6)])
+    parameters = list(network.parameters())
+    sums = GradientSums(parameters, [4, 4, 4], partial(SumAggregator, group), SumAggregator(group), InThread())
+    for _ in range(5):
+        with sums.as_they_come(0, torch.ones(3)):
+            network(torch.ones(16, 200)).sum().backward()
+        sums.total()
 
 
 def live_and_die(rank: int, n: int, store: Any, backend: str, phase: str, victim: int) -> dict | None:
@@ -175,7 +194,7 @@ def killed(backend: str, phase: str, victim: int) -> float:
             continue
         where = f"{backend}, {phase}, rank {victim} killed: rank {rank} saw {saw}"
         assert saw and saw["peer"] == victim, where
-        names = {"send": ("send", "recv")}.get(operation, (NAMES.get(operation or kind, operation or kind),))
+        names = SEVERAL.get(operation, (NAMES.get(operation or kind, operation or kind),))
         assert f"rank {victim} " in saw["text"] and (
             any(name in saw["text"] for name in names) or kind in ("unannounced", "connect")
         ), where

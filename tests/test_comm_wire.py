@@ -125,16 +125,16 @@ def test_the_aggregator_is_the_plan_for_gradients_and_a_plain_sum_for_the_rest()
     aggregator, plain = PlanAggregator(plan, "fp16", 113), SumAggregator(SingleGroup())
     for _ in range(2):  # nothing is left over from a step
         for chip in range(24):
-            aggregator.add(chip, contribution(chip))
-            plain.add(chip, contribution(chip))
-        weight, bias, outcome = aggregator.total()
+            *gradients, outcome = contribution(chip)
+            aggregator.add(chip, gradients)
+            plain.add(chip, [outcome])
+        weight, bias = aggregator.total()
         rows = torch.stack([torch.cat([part.permute(0, 2, 3, 1).flatten() if part.dim() == 4 else part
                                        for part in contribution(chip)[:2]]) for chip in range(24)])  # fmt: skip
         expected = sum_on_plan(plan, rows, torch.float16).float()
         assert weight.stride() == contribution(0)[0].stride() and weight.dtype == torch.float32
         assert torch.equal(torch.cat([weight.permute(0, 2, 3, 1).flatten(), bias]), expected)
-        assert torch.equal(outcome, plain.total()[2]) and outcome[0] > 24_000
-        assert aggregator.comm_s > 0
+        assert plain.total()[0][0] > 24_000
 
 
 def test_too_large_a_network_is_refused_before_memory_is_taken():

@@ -19,7 +19,7 @@ FLOORS = (
     (2, "numpy", "train.emulator train.report train.claims train.conditions train.retime train.mlperf_import"),
     (2, "torch", "train.comm train.data train.models train.optim train.metrics train.checkpoint train.precision"),
     (2, "torch", "train.memory train.tensorboard train.progress train.mlperf_log train.trace train.comm.plan_group"),
-    (2, "triton", "train.models.chip_norm_cuda"),
+    (2, "triton", "train.models.chip_norm_cuda train.models.max_pool_cuda"),
     (2, "torch", "train.compute"),
     (3, "torch", "train.trainer train.recovery"),
     (4, "torch", "train.callbacks"),

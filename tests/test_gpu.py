@@ -23,7 +23,7 @@ def run(path, *overrides: str, device: str = "cuda") -> dict:
     """A run's result and the losses of its steps."""
     path.mkdir()
     outcome = run_worker(tiny(*overrides), WorkerContext(device=device), path)
-    losses = [row["loss"] for row in read_rows(path) if row["kind"] == "step"]
+    losses = [row["values"]["train/loss"] for row in read_rows(path) if row["kind"] == "step"]
     return outcome | {"losses": losses}
 
 
@@ -52,7 +52,7 @@ def passes(records: bool) -> list[torch.Tensor]:
     model = resnet(18, num_classes=10, zero_init_last_gamma=False).to("cuda", memory_format=torch.channels_last)
     allocate_chips(model, 2 * CHIPS, 1)
     compute = Compute(model, 0.1, precision, "cuda:0")
-    compute._records = records
+    compute.records = records
     found = []
     for number, first in enumerate((0, CHIPS, 0)):
         generator = torch.Generator().manual_seed(number)
@@ -60,7 +60,9 @@ def passes(records: bool) -> list[torch.Tensor]:
         labels = torch.randint(10, (len(images),), generator=generator)
         images = images.cuda().contiguous(memory_format=torch.channels_last)
         with precision.autocast("cuda:0"):
-            found += compute(ChipPass(first, CHIPS), images, labels.cuda(), 8.0, [])
+            loss, correct = compute.forward(ChipPass(first, CHIPS), images, labels.cuda(), 8.0, [])
+            compute.backward(loss)
+        found += [loss.detach(), correct]
         found += [parameter.grad for parameter in model.parameters()]
         for parameter in model.parameters():
             parameter.grad = None

@@ -10,12 +10,13 @@ from torch.nn import functional
 SHAPES = {  # groups, images of each, channels, height = width
     "an odd number of channels": (2, 3, 24, 4),
     "several tiles": (2, 2, 160, 9),
+    "even tiles": (2, 2, 64, 8),
 }
 GPU_SHAPES = {
     "one pixel": (3, 4, 512, 1),
-    "the stem's": (2, 16, 64, 112),
+    "the stem's": (2, 4, 64, 112),
     "many chips": (256, 2, 128, 4),
-    "the last": (8, 32, 2048, 7),
+    "the last": (4, 8, 2048, 7),
 }
 
 
@@ -48,6 +49,13 @@ def tensors(groups: int, images: int, channels: int, size: int, dtype: torch.dty
     weight, bias = torch.rand(channels, generator=generator) + 0.5, torch.randn(channels, generator=generator)
     images = (images * 3 + torch.arange(channels).view(-1, 1, 1) % 7).to(**like)
     return [tensor.to(device) for tensor in (images, residual, weight, bias, gradient)]
+
+
+def without_doubt(given: list[Tensor], groups: int, residual: bool) -> list[Tensor]:
+    """With no gradient where the output is so close to 0 that rounding decides what ReLU does."""
+    output = expected(given, groups, residual, False)[0].detach()
+    *rest, gradient = given
+    return [*rest, gradient * (output.abs() > 1e-4).to(gradient)]
 
 
 def expected(given: list[Tensor], groups: int, residual: bool, relu: bool) -> list[Tensor]:
@@ -86,7 +94,7 @@ def test_kernels_compute_torchs_batch_norm_of_each_group(kernels, shape):
     kernels, device = kernels
     groups, *sizes = (SHAPES | GPU_SHAPES)[shape]
     for residual, relu in ((False, False), (True, True)) if device == "cpu" else product_of_flags():
-        given = tensors(groups, *sizes, torch.float32, device)
+        given = without_doubt(tensors(groups, *sizes, torch.float32, device), groups, residual)
         found, wanted = computed(kernels, given, groups, residual, relu), expected(given, groups, residual, relu)
         errors = list(map(error, found, wanted))
         assert max(errors[:4]) < 3e-6, (residual, relu, errors)

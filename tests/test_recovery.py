@@ -40,7 +40,7 @@ def die_at(worker: Worker, phase: str, step: int) -> None:
     """Have the worker die in a phase of the step, or beside it."""
     trainer, backup, gradients = worker.trainer, worker.trainer.backup, worker.trainer.gradients
     places = {
-        "forward": (trainer, "_forward_backward", False),
+        "forward": (trainer, "_forward", False),
         "keeping": (backup, "exchange", False),
         "kept": (backup, "exchange", True),
         "summing": (gradients, "total", False),

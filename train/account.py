@@ -31,6 +31,10 @@ def contract(worker: "Worker") -> dict:
     exact = config["numerics"] == "exact"
     order = f"one binary tree over {worker.blocks.count} blocks" if exact else "passes in turn, then the backend's"
     wire = f"fp32 between workers; {config['wire_dtype']} on the emulated wire"
+    overlap = worker.trainer.gradients
+    sizes = ", ".join(str(len(bucket)) for bucket in overlap.buckets)
+    if config["gradient_sum"] == "wire":
+        wire = f"{config['wire_dtype']} between workers, to which their sums are rounded, and on the emulated wire"
     if config["gradient_sum"] == "plan":
         order = f"that of {emulator.plan.name} over {worker.order.num_chips} chips"
         wire = f"{config['wire_dtype']}, to which every chip's gradients and every sum are rounded"
@@ -47,6 +51,7 @@ def contract(worker: "Worker") -> dict:
         "gradient_dtype": "fp32",
         "gradient_sum": config["gradient_sum"],
         "wire_dtype": wire,
+        "buckets": f"{sizes} tensors, backward order; summed {overlap.when}",
         "loss_scale": "dynamic" if loss_scale.dynamic else f"{loss_scale.value:g}",
         "clip_norm": str(config["clip_norm"] or "none"),
         "ema_decay": str(config["ema_decay"] or "none"),
@@ -90,6 +95,7 @@ def identity(worker: "Worker") -> dict:
         (exact if config["numerics"] == "exact" else {})
         | ({"faults": config["faults"]} if config["faults"] else {})
         | (plan if config["gradient_sum"] == "plan" else {})
+        | ({"wire_dtype": config["wire_dtype"]} if config["gradient_sum"] == "wire" else {})
         | {
             "numerics": config["numerics"],
             "gradient_sum": config["gradient_sum"],

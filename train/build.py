@@ -27,11 +27,10 @@ from train.callbacks import (
     TraceCallback,
 )
 from train.checkpoint_files import Fenced, newest_sound, take_over
-from train.comm.aggregation import Aggregator, SumAggregator, TreeAggregator
 from train.comm.backup import Backup, Bank, assemble, keepers
 from train.comm.groups import Group, PeerLost
 from train.comm.messages import broadcast_state, gather
-from train.comm.wire import PlanAggregator
+from train.comm.summation import aggregator, gradient_sums
 from train.data.order import Order
 from train.memory import keep_freed_memory
 from train.mesh.blocks import blocks
@@ -173,18 +172,14 @@ class Worker:
         self.passes = plan_passes(in_passes, self.blocks.chips, mine, images // self.chip_batch_size)
         allocate_chips(self.model, len(mine), config["bn_span"])
         self.trainer.update.follow_chips()
-
-        def aggregator() -> Aggregator:
-            return TreeAggregator(self.group, shares) if config["numerics"] == "exact" else SumAggregator(self.group)
-
-        gradients = aggregator()
-        if config["gradient_sum"] == "plan":
-            num_gradients = sum(p.numel() for p in self.model.parameters())
-            gradients = PlanAggregator(self.emulator.plan, config["wire_dtype"], num_gradients, self.device)
+        parameters, sizes = list(self.model.parameters()), [bucket.tensors for bucket in self.emulator.buckets]
+        where = self.group, shares
+        gradients = gradient_sums(config, parameters, sizes, self.emulator.plan, *where, self.device)
+        statistics = aggregator(config["numerics"], *where)
         several = membership.world_size > 1
         rows = [self._rows(rank) for rank in range(membership.world_size)]
         backup = Backup(self.group, self.bank, rows, keepers(membership.nodes)) if several else None
-        self.trainer.take(Part(self.group, gradients, aggregator(), backup, self.passes))
+        self.trainer.take(Part(self.group, gradients, statistics, backup, self.passes))
 
     def _connect(self, membership: Membership) -> Group:
         ranks = {"rank": membership.rank, "world_size": membership.world_size}
@@ -320,7 +315,7 @@ class Worker:
         self._sinks = open_sinks(run_dir, self.config, resumed_step=step, claim=claim)
         written = {(row["kind"], row["step"]) for row in read_rows(run_dir)}
         self._callbacks += [FenceCallback(attempt), self.progress_callback]
-        for writes in (MetricsCallback(self._sinks), MLPerfCallback(), TraceCallback()):
+        for writes in (MetricsCallback(self._sinks), MLPerfCallback(), TraceCallback(self.emulator)):
             self._callbacks.append(OutlastsFullDisk(writes, self.notes.append))
         run = RunInfo(self, run_dir, step)
         for callback in self._callbacks:

@@ -37,38 +37,50 @@ class Compute:
 
     def __init__(self, model: nn.Module, label_smoothing: float, precision: Precision, device: str) -> None:
         self._model, self._label_smoothing, self._precision = model, label_smoothing, precision
-        self._device, self._records = device, device.startswith("cuda")
-        self._parameters = list(model.parameters())
+        self._device, self._parameters = device, list(model.parameters())
+        self.records = device.startswith("cuda")
+        """Whether a pass may be a graph, whose gradients are there all at once."""
         self._recorded: dict[tuple, Recorded] = {}
+        self._replayed: Recorded | None = None
+        self._scale = 1.0
 
-    def __call__(self, chip_pass: ChipPass, images: Tensor, labels: Tensor, scale: float, lost: list[int]) -> Outcome:
-        """Leaves `scale` times the loss's gradients in the parameters. `chip_pass` counts from the worker's first chip.
+    def forward(self, chip_pass: ChipPass, images: Tensor, labels: Tensor, scale: float, lost: list[int]) -> Outcome:
+        """`chip_pass` counts from the worker's first chip; `scale` is the loss scale of the backward pass to come.
 
         `lost`: the chips of the pass, counted from its first, that have no part in it.
         """
-        own = self._model.chip_pass
+        own, self._scale, self._replayed = self._model.chip_pass, scale, None
         own.first, own.count, own.sizes = chip_pass.first, chip_pass.count, chip_pass.sizes
-        if not self._records or lost or chip_pass.sizes is not None:
-            return self._forward_backward(images, labels, scale, lost)
-        key = own.count, own.span, tuple(images.shape)
+        if not self.records or lost or chip_pass.sizes is not None:
+            return self._forward(images, labels, lost)
+        key = tuple(images.shape[1:]), len(images), own.count, own.span
         if key not in self._recorded:
+            # only graphs of one image size are kept: each holds a pass's activations
+            self._recorded = {other: graph for other, graph in self._recorded.items() if other[0] == key[0]}
             self._recorded[key] = self._record(images, labels, scale)
-        return self._replay(self._recorded[key], images, labels, scale)
+        self._replayed = self._recorded[key]
+        return self._replay(self._replayed, images, labels, scale)
 
-    def _forward_backward(self, images: Tensor, labels: Tensor, scale: float | Tensor, lost: list[int]) -> Outcome:
+    def backward(self, loss: Tensor) -> None:
+        """Leave the loss scale times the gradients of the last `forward`'s loss in the parameters."""
+        if self._replayed is None:
+            (loss * self._scale).backward()
+            return
+        gradients = torch._foreach_mul(self._replayed.gradients, 1.0)
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+    def _forward(self, images: Tensor, labels: Tensor, lost: list[int]) -> Outcome:
         logits, chip_pass = self._model(images).float(), self._model.chip_pass
         if lost:
             logits, labels, chip_pass = without(lost, logits, labels, chip_pass)
         loss = chip_losses(logits, labels, chip_pass, self._label_smoothing)
-        (loss * scale).backward()
-        return loss.detach(), (logits.detach().argmax(1) == labels).sum().to(loss.dtype)
+        return loss, (logits.detach().argmax(1) == labels).sum().to(loss.dtype)
 
     def _replay(self, recorded: Recorded, *given: Tensor | float) -> Outcome:
         for own, value in zip(recorded.given, given, strict=True):
             own.copy_(value) if isinstance(value, Tensor) else own.fill_(value)
         recorded.graph.replay()
-        for parameter, gradient in zip(self._parameters, torch._foreach_mul(recorded.gradients, 1.0), strict=True):
-            parameter.grad = gradient
         update_statistics(recorded.moments, self._model.chip_pass.groups())
         loss, correct = recorded.outcome
         return loss.clone(), correct.clone()
@@ -99,7 +111,9 @@ class Compute:
         """Weights cast within, since autocast's cache of them is memory of which a replay knows nothing."""
         kind, dtype = self._device.split(":")[0], self._precision.dtype
         with torch.autocast(kind, dtype, enabled=dtype != torch.float32, cache_enabled=False):
-            return self._forward_backward(images, labels, scale, [])
+            loss, correct = self._forward(images, labels, [])
+            (loss * scale).backward()
+        return loss.detach(), correct
 
     def _forget_gradients(self) -> None:
         for parameter in self._parameters:

@@ -90,7 +90,9 @@ class Config:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = key("dtype of the real computation; auto: the fastest here")
     loss_scale: float | Literal["auto", "dynamic"] = key("factor of the loss; auto: dynamic in fp16, else 1")
     wire_dtype: Literal["fp32", "bf16", "fp16"] = key("dtype of the gradients on the emulated wire")
-    gradient_sum: Literal["fp32", "plan"] = key("fp32: wire_dtype only moves the clock; plan: it rounds every sum too")
+    gradient_sum: Literal["fp32", "wire", "plan"] = key(
+        "fp32: wire_dtype only moves the clock; wire: workers exchange it; plan: every emulated sum is rounded to it"
+    )
     numerics: Literal["exact", "fast"] = key("exact: same bits for any split over workers; fast: the backend's order")
     bn_span: int = key("chips that share their batch-norm statistics")
     bn_rule: Literal["mean", "chip_0"] = key("whose running statistics evaluation uses and weights are saved with")

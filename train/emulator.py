@@ -20,7 +20,7 @@ from train.sim.course import Course
 from train.sim.faults import Condition, Fault, condition, each, slowed
 from train.sim.network import AlphaBeta
 from train.sim.run import INTERVAL, RunTime, epoch_grid, quantile, run_time
-from train.sim.step import WIRE_BYTES, StepTime, norm_messages, step_time, update_bytes
+from train.sim.step import WIRE_BYTES, Bucket, StepTime, buckets, norm_messages, step_time, update_bytes
 from train.sim.straggler import expected_max
 from train.sim.workload import Workload
 
@@ -163,6 +163,11 @@ class Emulator:
     def wait_s(self, images_per_chip: float, chips: int, workload: Workload | None = None) -> float:
         """How much later than the mean chip the slowest of `chips` ends its compute, where nothing is broken."""
         return self.jitter * self.compute_s(images_per_chip, workload) * self.expected_max(chips)
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """Of the gradients, as they are summed: by the emulated chips, and by the real workers."""
+        return buckets(self.workload, self.chip.bucket_ends)
 
     def course(self, price: Callable[[Workload], StepTime] | None = None) -> Course:
         """The steps of the run, whose images may change their size; `price` of one with such images."""

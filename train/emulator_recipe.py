@@ -9,6 +9,7 @@ from train.sim import convergence
 from train.sim import workload as workloads
 from train.sim.convergence import Epochs
 from train.sim.course import checked_sizes
+from train.sim.step import WIRE_BYTES
 from train.sim.workload import Workload
 
 
@@ -65,13 +66,18 @@ def check_training(config: dict) -> None:
             f"epochs=auto only prices a run; to train, give a number (ResNet-50 on ImageNet needs about {mean:.1f} at "
             f"a global batch of {batch:,}: epochs={math.ceil(mean)})"
         )
-    if config["gradient_sum"] != "plan":
+    rounded = config["gradient_sum"]
+    if rounded == "fp32":
         return
     if config["numerics"] == "exact":
         raise ValueError(
-            "gradient_sum=plan: numerics=exact sums in full precision and refuses compression; use numerics=fast, or "
-            "gradient_sum=fp32"
+            f"gradient_sum={rounded}: numerics=exact sums in full precision and refuses compression; use "
+            "numerics=fast, or gradient_sum=fp32"
         )
+    if config["wire_dtype"] not in WIRE_BYTES:
+        raise ValueError(f"wire_dtype={config['wire_dtype']}: use one of {', '.join(WIRE_BYTES)}")
+    if rounded == "wire":
+        return
     needed = {
         "workers": ((1,), "one worker adds up all chips"),
         "bn_span": ((1,), "every chip is computed by itself"),

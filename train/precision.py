@@ -114,7 +114,7 @@ class LossScale:
 
 def gradient_dtypes(config: dict, precision: Precision) -> list[torch.dtype]:
     """What gradients are rounded to on their way to the optimizer."""
-    wire = [DTYPES[config["wire_dtype"]]] if config["gradient_sum"] == "plan" else []
+    wire = [DTYPES[config["wire_dtype"]]] if config["gradient_sum"] != "fp32" else []
     return [precision.dtype, *wire]
 
 

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch.nn import functional
 
 from train.comm.aggregation import Aggregator
 from train.comm.backup import Backup
+from train.comm.buckets import GradientSums, taken
 from train.comm.groups import Group, PeerLost
 from train.compute import Compute
 from train.data.loader import Prefetcher
@@ -32,7 +34,7 @@ from train.data.order import Order, eval_batches
 from train.data.source import Source
 from train.models.chip_norm import ChipPass, chip_moments, evaluation_moments
 from train.models.damage import Damage, frozen_statistics, group_of
-from train.optim.update import DivergedError, WeightUpdate
+from train.optim.update import DivergedError, WeightUpdate, norm_of
 from train.precision import Precision
 from train.progress import EvalRecord, Limits, Progress, StepRecord, Wish, as_record, doing, due
 from train.sim.clock import EmulatedClock
@@ -55,7 +57,7 @@ class Part:
     """A worker's part of the mesh, and how what it computes meets the other workers'."""
 
     group: Group
-    gradients: Aggregator
+    gradients: GradientSums
     statistics: Aggregator
     backup: Backup | None
     """None where nobody could keep anything twice."""
@@ -102,6 +104,7 @@ class Trainer:
         """Set from outside when a peer is known to be lost: the step at hand ends with PeerLost."""
         self._granted: set[Wish] = set()
         self._saved_at = (-1, time.monotonic())  # step, and when
+        self._checkpoint_s = 0.0  # of the one since the last step
         self.started_at: float | None = None
         """Of time.perf_counter, when the measured clock stood at 0; it runs on while workers change."""
 
@@ -110,6 +113,7 @@ class Trainer:
         self.group, self.gradients, self.statistics = part.group, part.gradients, part.statistics
         self.backup, self.passes, self.first_chip = part.backup, part.passes, part.passes[0].first
         self.damage = Damage(self.timeline, self.model, part.passes)
+        taken(self.parameters)  # of a backward pass that was broken off
         self._saved_at = -1, self._saved_at[1]  # not all may have saved this step: all do, or none
         self.abandoned.clear()
 
@@ -140,7 +144,9 @@ class Trainer:
                 ends = self.finished or Wish.STOP in self._granted
                 if (ends or self._save_due()) and progress.step != self._saved_at[0]:
                     doing("checkpoint")
+                    began = time.perf_counter()
                     save(progress)
+                    self._checkpoint_s = time.perf_counter() - began
                     self._saved_at = progress.step, time.monotonic()
                 if ends or Wish.PAUSE in self._granted:
                     return self._granted
@@ -266,11 +272,17 @@ class Trainer:
 
     def _step(self, loader: Prefetcher) -> StepRecord:
         started, waited = time.perf_counter(), loader.wait_s
+        saved_s, self._checkpoint_s = self._checkpoint_s, 0.0
         progress, order = self.progress, self.order
         learning_rate = self.schedule((progress.step + 1) / order.steps_per_epoch)
         scale = None if self.update.loss_scale.off else self.update.loss_scale.value
-        gradients, loss, correct = self._mean_gradients(loader)
-        grad_norm = self.update.apply(gradients, loss, learning_rate, progress.step + 1)
+        gradients, outcome = self._mean_gradients(loader)
+        norm = norm_of(gradients) if self.compute.records else None  # a GPU begins with it before the loss is there
+        loss, correct, *granted = outcome.tolist()
+        self._granted = {wish for wish in Wish if granted[wish]}
+        loss /= self._living(progress.step + 1)
+        update_began = time.perf_counter()
+        grad_norm = self.update.apply(gradients, loss, learning_rate, progress.step + 1, norm)
         progress.step += 1
         self.clock.advance_step()
         now = time.perf_counter()
@@ -293,34 +305,40 @@ class Trainer:
             loss_scale=scale,
             skipped_steps=None if scale is None else self.update.loss_scale.skipped,
             faults=self.clock.fault_values(),
+            update_s=now - update_began,
+            checkpoint_s=saved_s,
         )
 
-    def _mean_gradients(self, loader: Prefetcher) -> tuple[list[Tensor], float, float]:
-        """(Gradients of the mean over all chips of each chip's mean loss, that loss, all chips' correct answers)."""
+    def _mean_gradients(self, loader: Prefetcher) -> tuple[list[Tensor], Tensor]:
+        """(Gradients of the mean over all chips of each chip's mean loss, [sum of those losses, all chips' correct
+        answers, granted wishes])."""
         doing("backward")
         wishes, step = [float(wish) for wish in self._wishes()], self.progress.step + 1
-        stale = frozen_statistics(self.model, self.damage.stale_groups(step))
-        with self.precision.autocast(self.device), stale:  # around all passes, so that the weights are cast once
+        with self.precision.autocast(self.device):  # around all passes, so that the weights are cast once
             for chip_pass in map(self._sized, self.passes):
                 if self.abandoned.is_set():
                     raise PeerLost(f"rank {self.group.rank} of {self.group.world_size}, computing: told of a lost peer")
                 images, labels = (part.to(self.device) for part in next(loader))
-                loss, correct = self._forward_backward(chip_pass, images, labels, self.damage.lost_of(step, chip_pass))
-                contribution = self._take_gradients()
-                for flip in self.damage.flips(step, chip_pass):
-                    flip.apply(contribution, self._gradients_of(flip.chip, chip_pass, images, labels))
-                contribution.append(torch.cat([torch.stack([loss, correct]), loss.new_tensor(wishes)]))
-                self.gradients.add(chip_pass.first // self.chips_per_block, contribution)
+                with frozen_statistics(self.model, self.damage.stale_groups(step)):
+                    loss, correct = self._forward(chip_pass, images, labels, self.damage.lost_of(step, chip_pass))
+                outcome = torch.cat([torch.stack([loss.detach(), correct]), loss.new_tensor(wishes)])
+                block, last = chip_pass.first // self.chips_per_block, chip_pass.first == self.passes[-1].first
+                if last and self.backup:
+                    self.gradients.first(partial(self.backup.exchange, step, self.gathered_statistics()))
+                flips = list(self.damage.flips(step, chip_pass))
+                beside = last and not flips and not self.compute.records
+                with self.gradients.as_they_come(block, outcome) if beside else nullcontext():
+                    self.compute.backward(loss)
+                if not beside:
+                    contribution = taken(self.parameters)
+                    for flip in flips:
+                        flip.apply(contribution, self._gradients_of(flip.chip, chip_pass, images, labels))
+                    self.gradients.add(block, contribution, outcome)
         doing("all-reduce")
-        if self.backup:
-            self.backup.exchange(step, self.gathered_statistics())
-        *gradients, outcome = self.gradients.total()
+        gradients, outcome = self.gradients.total()
         doing("update")
-        loss, correct, *granted = outcome.tolist()
-        self._granted = {wish for wish in Wish if granted[wish]}
-        living = self._living(step)
-        gradients = torch._foreach_div(gradients, living * self.update.loss_scale.value)  # the sum is read only
-        return gradients, loss / living, correct
+        divisor = self._living(step) * self.update.loss_scale.value
+        return torch._foreach_div(gradients, divisor), outcome  # the sum itself is to be read only
 
     def _sized(self, chip_pass: ChipPass) -> ChipPass:
         """With the number of images of each chip where the step at hand is an epoch's last and smaller one."""
@@ -332,19 +350,14 @@ class Trainer:
         """Chips that have a part in a step."""
         return self.order.num_chips - len(self.damage.lost(step))
 
-    def _take_gradients(self) -> list[Tensor]:
-        gradients = [p.grad for p in self.parameters]
-        for p in self.parameters:
-            p.grad = None
-        return gradients
-
     def _gradients_of(self, chip: int, chip_pass: ChipPass, images: Tensor, labels: Tensor) -> list[Tensor]:
         """One chip's own gradients, computed once more beside its pass; its running statistics have seen the images."""
         span, alone, rows = chip_pass.span, *group_of(chip, chip_pass, len(labels))
         others = [one for one in range(span) if alone.first + one != chip]
         with frozen_statistics(self.model, [(alone.first - self.first_chip) // span]):
-            self._forward_backward(alone, images[rows], labels[rows], others)
-        return self._take_gradients()
+            loss, _ = self._forward(alone, images[rows], labels[rows], others)
+        self.compute.backward(loss)
+        return taken(self.parameters)
 
     def _wishes(self) -> list[bool]:
         """This worker's, in their order."""
@@ -356,15 +369,13 @@ class Trainer:
             self.wishes[wish].clear()
         return wanted
 
-    def _forward_backward(
-        self, chip_pass: ChipPass, images: Tensor, labels: Tensor, lost: list[int]
-    ) -> tuple[Tensor, Tensor]:
-        """(Sum of the chips' mean losses, correct answers); leaves loss_scale times its gradients in the parameters.
+    def _forward(self, chip_pass: ChipPass, images: Tensor, labels: Tensor, lost: list[int]) -> tuple[Tensor, Tensor]:
+        """(Sum of the chips' mean losses, correct answers).
 
         `lost`: the chips of the pass, counted from its first, that have no part in it.
         """
         own = replace(chip_pass, first=chip_pass.first - self.first_chip)
-        return self.compute(own, images, labels, self.update.loss_scale.value, lost)
+        return self.compute.forward(own, images, labels, self.update.loss_scale.value, lost)
 
     def _batches(self) -> Iterator[tuple[int, np.ndarray]]:
         """(epoch, sample indices) of every pass still to come."""

@@ -1,11 +1,10 @@
 """Adding up what the blocks of all workers computed: in one fixed order (`exact`) or in the fastest one (`fast`).
 
 A block's contribution is a list of tensors (its gradients, its loss ...); all workers get the sum over all blocks.
-Where the group has memory that all workers share (`shared` of train.comm.shm_group), they add up there: a contribution
-is copied into it once, and the sum is read from it.
+Where the group has memory that all workers share (`shared` of train.comm.shm_group), they add up there: a worker's
+sums lie in it from its first contribution on, and the total is read from it.
 """
 
-import time
 from typing import Protocol
 
 import torch
@@ -14,10 +13,13 @@ from torch import Tensor
 from train.comm.groups import Group
 from train.comm.tree import PartialSums, aligned_nodes, combine
 
+SUMMED_AT_ONCE = 1 << 16
+"""Elements of a slice: they stay in a core's cache from sum to sum."""
+
 
 class Aggregator(Protocol):
-    comm_s: float
-    """Seconds spent in communication by the last `total`."""
+    def prepare(self, like: list[Tensor]) -> None:
+        """Make room for contributions of these shapes and strides; all ranks call it. Else the first `add` does."""
 
     def add(self, block: int, tensors: list[Tensor]) -> None:
         """Take over a pass's contribution (its tensors are overwritten); `block`, its first one, ascends."""
@@ -25,7 +27,7 @@ class Aggregator(Protocol):
     def total(self) -> list[Tensor]:
         """The sum over every worker's contributions since the last call, in float32 or wider, on every worker.
 
-        To be read only, until the next call: all workers may have the same memory.
+        To be read only, until the next contribution: all workers may have the same memory.
         """
 
 
@@ -48,83 +50,116 @@ class TreeAggregator:
         self._num_blocks = shares[-1].stop
         self._sums = PartialSums(_add)
         self._memory = SharedVectors(group)
-        self.comm_s = 0.0
+        self._like: list[Tensor] = []
+        self._places: dict[int, list[Tensor]] = {}
+
+    def prepare(self, like: list[Tensor]) -> None:
+        """A row of memory for each node of this rank: what its first block contributes lands there, the rest is added.
+
+        A row has a slice for each rank, [world_size, length], zeros behind the last element.
+        """
+        self._like, (rank, world_size) = shapes_of(like), (self._group.rank, self._group.world_size)
+        if world_size == 1:
+            return
+        length = -(-sum(t.numel() for t in like) // world_size)
+        sizes = [len(nodes) * world_size * length for nodes in self._nodes]
+        dtype = one_dtype(like)
+        if self._memory.exists:
+            *self._parts, self._result = self._memory.vectors([*sizes, world_size * length], dtype)
+            mine = self._parts[rank]
+        else:
+            mine = torch.zeros(sizes[rank], dtype=dtype, device=like[0].device)
+        self._mine = mine.view(-1, world_size, length)
+        self._places = {
+            first: unflatten(row.view(-1), self._like)
+            for (first, _), row in zip(self._nodes[rank], self._mine, strict=True)
+        }
 
     def add(self, block: int, tensors: list[Tensor]) -> None:
+        if not alike(self._like, tensors):
+            self.prepare(tensors)
+        if block in self._places:
+            tensors = copied(tensors, self._places[block])
         self._sums.push(block, tensors)
 
     def total(self) -> list[Tensor]:
         partial = self._sums.take()
-        started = time.perf_counter()
         if self._group.world_size == 1:
-            result = combine(partial, self._num_blocks, _add)
-        elif self._memory.exists:
-            result = self._in_shared_memory(list(partial.values()))
-        else:
-            result = self._across_workers(list(partial.values()))
-        self.comm_s = time.perf_counter() - started
-        return result
+            return combine(partial, self._num_blocks, _add)
+        return self._in_shared_memory() if self._memory.exists else self._across_workers()
 
-    def _across_workers(self, partial: list[list[Tensor]]) -> list[Tensor]:
+    def _across_workers(self) -> list[Tensor]:
         rank, world_size = self._group.rank, self._group.world_size
-        like = partial[0]
-        length = -(-sum(t.numel() for t in like) // world_size)
-        mine = [flatten(tensors, length * world_size).view(world_size, length) for tensors in partial]
-        nodes = {node: flat[rank] for node, flat in zip(self._nodes[rank], mine, strict=True)}
+        nodes = {node: row[rank] for node, row in zip(self._nodes[rank], self._mine, strict=True)}
         for peer in meeting_order(rank, world_size):
-            incoming = [torch.empty_like(mine[0][peer]) for _ in self._nodes[peer]]
-            self._group.exchange([flat[peer] for flat in mine], incoming, peer)
+            incoming = [torch.empty_like(self._mine[0, peer]) for _ in self._nodes[peer]]
+            self._group.exchange([row[peer] for row in self._mine], incoming, peer)
             nodes.update(zip(self._nodes[peer], incoming, strict=True))
         finished = combine(nodes, self._num_blocks, lambda left, right: left.add_(right))
-        return unflatten(self._group.all_gather(finished.contiguous()).view(-1), like)
+        return unflatten(self._group.all_gather(finished.contiguous()).view(-1), self._like)
 
-    def _in_shared_memory(self, partial: list[list[Tensor]]) -> list[Tensor]:
+    def _in_shared_memory(self) -> list[Tensor]:
         """As `_across_workers`, but what a worker sends to others they read, and its own slices they leave alone."""
         rank, world_size = self._group.rank, self._group.world_size
-        like = partial[0]
-        length = -(-sum(t.numel() for t in like) // world_size)
-        sizes = [len(nodes) * world_size * length for nodes in self._nodes]
-        *parts, result = self._memory.vectors([*sizes, world_size * length], like[0].dtype)
-        for tensors, flat in zip(partial, parts[rank].view(-1, world_size * length), strict=True):
-            flatten(tensors, len(flat), out=flat)
         self._group.barrier()
-        nodes = {
+        slices = {
             node: row[rank]
-            for nodes, part in zip(self._nodes, parts, strict=True)
-            for node, row in zip(nodes, part.view(-1, world_size, length), strict=True)
+            for nodes, part in zip(self._nodes, self._parts, strict=True)
+            for node, row in zip(nodes, part.view(-1, *self._mine.shape[1:]), strict=True)
         }
-        finished = combine(nodes, self._num_blocks, lambda left, right: left.add_(right))
-        result.view(world_size, length)[rank].copy_(finished)
+        mine = self._result.view(world_size, -1)[rank]
+        for first in range(0, len(mine), SUMMED_AT_ONCE):
+            span = slice(first, first + SUMMED_AT_ONCE)
+            mine[span] = combine({node: part[span] for node, part in slices.items()}, self._num_blocks, torch.add)
         self._group.barrier()
-        return unflatten(result, like)
+        return unflatten(self._result, self._like)
 
 
 class SumAggregator:
-    """The sum in the fastest order: a worker's own passes one after the other, then the backend's all-reduce."""
+    """The sum in the fastest order: a worker's own passes one after the other, then the backend's all-reduce.
 
-    def __init__(self, group: Group) -> None:
-        self._group = group
+    The first pass's gradients are copied to where the all-reduce takes them from, and the others added to them there.
+    """
+
+    def __init__(self, group: Group, wire: torch.dtype | None = None) -> None:
+        """`wire`: what goes from worker to worker is rounded to this dtype, and so is each sum; None: nothing is."""
+        self._group, self._wire = group, wire
         self._memory = SharedVectors(group)
+        self._like: list[Tensor] = []
         self._sum: list[Tensor] | None = None
-        self.comm_s = 0.0
+
+    def prepare(self, like: list[Tensor]) -> None:
+        self._like, self._dtype = shapes_of(like), one_dtype(like)
+        if self._group.world_size == 1:
+            return
+        length, dtype = sum(t.numel() for t in like), self._wire or self._dtype
+        if self._memory.exists:
+            *self._parts, self._result = self._memory.vectors([length] * (self._group.world_size + 1), dtype)
+            mine = self._parts[self._group.rank]
+        else:
+            mine = self._result = torch.zeros(length, dtype=dtype, device=like[0].device)
+        self._places = unflatten(mine, self._like)
 
     def add(self, block: int, tensors: list[Tensor]) -> None:
-        self._sum = tensors if self._sum is None else _add(self._sum, tensors)
+        if self._sum is not None:
+            _add(self._sum, tensors)
+            return
+        if not alike(self._like, tensors):
+            self.prepare(tensors)
+        lands = self._group.world_size > 1 and self._wire in (None, self._dtype)  # else once the sum is complete
+        self._sum = copied(tensors, self._places) if lands else tensors
 
     def total(self) -> list[Tensor]:
         tensors, self._sum = self._sum, None
-        started = time.perf_counter()
-        if self._group.world_size > 1:
-            length, rank = sum(t.numel() for t in tensors), self._group.rank
-            if self._memory.exists:
-                *parts, flat = self._memory.vectors([length] * (self._group.world_size + 1), tensors[0].dtype)
-                flatten(tensors, length, out=parts[rank])
-                self._group.sum_shared(parts, [flat])
-            else:
-                self._group.all_reduce(flat := flatten(tensors, length))
-            tensors = unflatten(flat, tensors)
-        self.comm_s = time.perf_counter() - started
-        return tensors
+        if self._group.world_size == 1:
+            return tensors
+        if tensors is not self._places:
+            copied(tensors, self._places)
+        if self._memory.exists:
+            self._group.sum_shared(self._parts, [self._result])
+        else:
+            self._group.all_reduce(self._result)
+        return unflatten(self._result.to(self._dtype), self._like)
 
 
 class SharedVectors:
@@ -146,19 +181,25 @@ def meeting_order(rank: int, world_size: int) -> list[int]:
     return [peer for peer in peers if peer != rank]
 
 
-def flatten(tensors: list[Tensor], length: int, out: Tensor | None = None) -> Tensor:
-    """All elements in one vector of `length`, in memory order of each tensor, zeros behind them (`out` has them there).
-
-    ValueError where the tensors are of several dtypes.
-    """
+def one_dtype(tensors: list[Tensor]) -> torch.dtype:
+    """That of all of them; ValueError where they are of several."""
     if len(dtypes := {tensor.dtype for tensor in tensors}) > 1:
         raise ValueError(f"{', '.join(sorted(map(str, dtypes)))} can't be summed together; make all tensors one dtype")
-    flat = torch.zeros(length, dtype=tensors[0].dtype, device=tensors[0].device) if out is None else out
-    offset = 0
-    for tensor in tensors:
-        _like(flat[offset : offset + tensor.numel()], tensor).copy_(tensor)
-        offset += tensor.numel()
-    return flat
+    return tensors[0].dtype
+
+
+def shapes_of(tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors of the same shapes and strides that hold nothing."""
+    return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors]
+
+
+def alike(some: list[Tensor], others: list[Tensor]) -> bool:
+    return [t.shape for t in some] == [t.shape for t in others]
+
+
+def copied(tensors: list[Tensor], places: list[Tensor]) -> list[Tensor]:
+    torch._foreach_copy_(places, tensors)
+    return places
 
 
 def unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:

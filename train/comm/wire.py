@@ -6,7 +6,6 @@ The gradients are one buffer in the order of the model's parameters. Cutting it 
 borders of the plan's chunks, that is at which chip an element's sum begins; not how many sums it goes through.
 """
 
-import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from train.comm.aggregation import unflatten
+from train.comm.aggregation import copied, shapes_of, unflatten
 from train.comm.plan import Plan
 from train.precision import DTYPES
 
@@ -72,8 +71,7 @@ def _one_a_row(rows: np.ndarray) -> Iterator[np.ndarray]:
 class PlanAggregator:
     """The sum over all chips as the plan's all-reduce leaves it; see `train.comm.aggregation.Aggregator`.
 
-    One worker adds one chip's contribution at a time, chip after chip. The last tensor of a contribution (loss,
-    correct answers, a wish to stop) does not go over the wire: it is summed as it is.
+    One worker adds one chip's contribution at a time, chip after chip.
     """
 
     def __init__(self, plan: Plan, wire_dtype: str, num_gradients: int, device: str = "cpu") -> None:
@@ -89,23 +87,19 @@ class PlanAggregator:
         self._plan, self._dtype = plan, dtype
         self._rows = torch.zeros(chips, length, dtype=dtype, device=device)
         self._like: list[Tensor] = []
-        self._outcome: Tensor | None = None
         self._added = 0
-        self.comm_s = 0.0
+
+    def prepare(self, like: list[Tensor]) -> None:
+        self._like = shapes_of(like)
 
     def add(self, block: int, tensors: list[Tensor]) -> None:
         """`block` is not needed: the contributions of a step are those of chips 0, 1, 2 ..."""
-        *gradients, outcome = tensors
-        self._like = self._like or [torch.empty_like(gradient, device="meta") for gradient in gradients]
-        for part, gradient in zip(unflatten(self._rows[self._added], self._like), gradients, strict=True):
-            part.copy_(gradient)
-        self._outcome = outcome if self._outcome is None else self._outcome.add_(outcome)
+        if not self._like:
+            self.prepare(tensors)
+        copied(tensors, unflatten(self._rows[self._added], self._like))
         self._added += 1
 
     def total(self) -> list[Tensor]:
         assert self._added == len(self._rows), f"{self._added} contributions of {len(self._rows)} chips"
-        started = time.perf_counter()
-        summed = sum_on_plan(self._plan, self._rows, self._dtype).to(self._like[0].dtype)
-        outcome, self._outcome, self._added = self._outcome, None, 0
-        self.comm_s = time.perf_counter() - started
-        return [*unflatten(summed, self._like), outcome]
+        self._added = 0
+        return unflatten(sum_on_plan(self._plan, self._rows, self._dtype).to(self._like[0].dtype), self._like)

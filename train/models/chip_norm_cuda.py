@@ -20,6 +20,7 @@ TILE = 4096
 """Values that a program holds at once."""
 WIDEST = 128
 """Channels of a tile at most: whole cache lines, and enough rows to be added up in registers."""
+WARPS = 4
 PROGRAMS = 1024
 """What the rows are split for where chips and channels alone don't make so many; a constant, so that the order of sums
 does not depend on the GPU."""
@@ -27,7 +28,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
-def _moments(x, partial, rows, channels, chunk, BR: tl.constexpr, BC: tl.constexpr):
+def _load(pointers, mask, EVEN: tl.constexpr):
+    """In float32; an even tile needs no mask, which takes as long as the arithmetic."""
+    return (tl.load(pointers) if EVEN else tl.load(pointers, mask, other=0.0)).to(tl.float32)
+
+
+@triton.jit
+def _moments(x, partial, rows, channels, chunk, BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr):
     """x [groups, rows, channels] -> partial [groups, splits, 2, channels]: mean, sum of squared distances from it."""
     column = tl.program_id(0) * BC + tl.arange(0, BC)
     split, group = tl.program_id(1), tl.program_id(2)
@@ -41,8 +48,9 @@ def _moments(x, partial, rows, channels, chunk, BR: tl.constexpr, BC: tl.constex
     for start in range(0, number, BR):
         row = start + tl.arange(0, BR)
         mask = (row < number)[:, None] & inside[None, :]
-        values = tl.load(x[None, :] + (row * channels)[:, None], mask, other=0.0).to(tl.float32)
-        distance = tl.where(mask, values - sample[None, :], 0.0)
+        distance = _load(x[None, :] + (row * channels)[:, None], mask, EVEN) - sample[None, :]
+        if not EVEN:
+            distance = tl.where(mask, distance, 0.0)
         sums += distance
         squares += distance * distance
     total = tl.sum(sums, 0)
@@ -87,7 +95,7 @@ def _parameters(mean, rstd, weight, bias, group, column, channels, inside):
 @triton.jit
 def _apply(
     x, residual, y, mean, rstd, weight, bias, rows, channels,
-    RESIDUAL: tl.constexpr, RELU: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    RESIDUAL: tl.constexpr, RELU: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """y = (x - mean) * rstd * weight + bias, plus the residual, rectified."""
     column = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -96,9 +104,9 @@ def _apply(
     mask = (row < rows)[:, None] & inside[None, :]
     at = group.to(tl.int64) * rows * channels + (row.to(tl.int64) * channels)[:, None] + column[None, :]
     m, scale, b = _parameters(mean, rstd, weight, bias, group, column, channels, inside)
-    out = (tl.load(x + at, mask, other=0.0).to(tl.float32) - m) * scale + b
+    out = (_load(x + at, mask, EVEN) - m) * scale + b
     if RESIDUAL:
-        out += tl.load(residual + at, mask, other=0.0).to(tl.float32)
+        out += _load(residual + at, mask, EVEN)
     if RELU:
         out = tl.where(out < 0, 0.0, out)  # a NaN stays one
     tl.store(y + at, out.to(y.dtype.element_ty), mask)
@@ -107,7 +115,7 @@ def _apply(
 @triton.jit
 def _sums(
     gradient, x, y, passed, mean, rstd, weight, bias, partial, rows, channels, chunk,
-    RESIDUAL: tl.constexpr, RELU: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    RESIDUAL: tl.constexpr, RELU: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """partial [groups, splits, 2, channels]: sums of the gradient behind ReLU, and of it times (x - mean) * rstd.
 
@@ -126,16 +134,16 @@ def _sums(
         row = start + tl.arange(0, BR)
         mask = (row < number)[:, None] & inside[None, :]
         at = base + (row * channels)[:, None] + column[None, :]
-        g = tl.load(gradient + at, mask, other=0.0).to(tl.float32)
-        distance = tl.load(x + at, mask, other=0.0).to(tl.float32) - m
+        g = _load(gradient + at, mask, EVEN)
+        distance = _load(x + at, mask, EVEN) - m
         if RELU:
             if RESIDUAL:
-                g = tl.where(tl.load(y + at, mask, other=0.0) > 0, g, 0.0)
+                g = tl.where(_load(y + at, mask, EVEN) > 0, g, 0.0)
                 tl.store(passed + at, g.to(passed.dtype.element_ty), mask)
             else:
                 g = tl.where(distance * scale + b > 0, g, 0.0)
         sums += g
-        products += tl.where(mask, g * distance, 0.0)
+        products += g * distance  # outside, where distance is not 0, g is
     partial += ((group * tl.num_programs(1) + split) * 2) * channels + column
     tl.store(partial, tl.sum(sums, 0), inside)
     tl.store(partial + channels, tl.sum(products, 0) * tl.load(rstd + group * channels + column, inside), inside)
@@ -161,7 +169,7 @@ def _totals(partial, totals, channels, splits, groups, BC: tl.constexpr):
 @triton.jit
 def _gradient(
     gradient, x, out, mean, rstd, weight, bias, totals, rows, channels, groups,
-    RELU: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    RELU: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """out = rstd * weight * (g - mean of g - xhat * mean of g * xhat), xhat = (x - mean) * rstd."""
     column = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -173,8 +181,8 @@ def _gradient(
     own = group * channels + column
     mean_g = tl.load(totals + own, inside, other=0.0) / rows
     slope = tl.load(totals + groups * channels + own, inside, other=0.0) / rows * tl.load(rstd + own, inside, other=0.0)
-    g = tl.load(gradient + at, mask, other=0.0).to(tl.float32)
-    distance = tl.load(x + at, mask, other=0.0).to(tl.float32) - m
+    g = _load(gradient + at, mask, EVEN)
+    distance = _load(x + at, mask, EVEN) - m
     if RELU:
         g = tl.where(distance * scale + b > 0, g, 0.0)
     result = scale * (g - mean_g[None, :] - distance * slope[None, :])
@@ -194,6 +202,8 @@ class _Shape:
         splits = min(triton.cdiv(PROGRAMS, groups * self.parts), tiles)
         self.chunk = triton.cdiv(tiles, splits) * self.tile_rows
         self.splits = triton.cdiv(self.rows, self.chunk)
+        even = self.rows % self.tile_rows == 0 and self.channels % self.columns == 0
+        self.tile = {"BR": self.tile_rows, "BC": self.columns, "EVEN": even, "num_warps": WARPS}
 
     @property
     def of_sums(self) -> tuple[int, int, int]:
@@ -214,7 +224,7 @@ class _Normalise(torch.autograd.Function):
         ctx, images: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, groups: int, relu: bool
     ):
         shape = _Shape(images, groups)
-        tile = {"BR": shape.tile_rows, "BC": shape.columns}
+        tile = shape.tile
         partial = weight.new_empty(groups, shape.splits, 2, shape.channels)
         mean, var, rstd = (weight.new_empty(groups, shape.channels) for _ in range(3))  # the caller may change var
         _moments[shape.of_sums](images, partial, shape.rows, shape.channels, shape.chunk, **tile)
@@ -240,7 +250,7 @@ class _Normalise(torch.autograd.Function):
         images, weight, bias, mean, rstd, output = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         shape = _Shape(images, ctx.groups)
-        tile = {"BR": shape.tile_rows, "BC": shape.columns}
+        tile = shape.tile
         moments = mean, rstd, weight, bias
         partial = weight.new_empty(ctx.groups, shape.splits, 2, shape.channels)
         passed = torch.empty_like(gradient) if ctx.relu and ctx.residual else gradient

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from train.models.chip_norm import ChipBatchNorm2d, ChipPass, norm_layers
+from train.models.chip_norm import ChipBatchNorm2d, ChipPass, has_triton, norm_layers
 from train.models.conv import Conv2d
 from train.models.layout import channels_last, is_pixels_first, pixels_first
 from train.sim.workload import BLOCKS
@@ -24,6 +24,10 @@ class MaxPool2d(nn.MaxPool2d):
     """torch's, of images in any layout, which stays."""
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.is_cuda and has_triton():
+            from train.models.max_pool_cuda import max_pool
+
+            return max_pool(images, self.kernel_size, self.stride, self.padding)
         pooled = super().forward(channels_last(images))
         return pixels_first(pooled) if is_pixels_first(images) else pooled
 

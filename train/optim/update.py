@@ -43,13 +43,17 @@ class WeightUpdate:
         self.averages = None if ema_decay is None else AveragedWeights(model, ema_decay)
         self._parameters = list(model.parameters())
 
-    def apply(self, gradients: list[Tensor], loss: float, learning_rate: float, step: int) -> float:
+    def apply(
+        self, gradients: list[Tensor], loss: float, learning_rate: float, step: int, norm: Tensor | None = None
+    ) -> float:
         """Make step number `step` with the mean gradients (overwritten); returns their norm before clipping.
+
+        `norm`: `norm_of` the gradients, from whoever had a GPU begin with it before waiting for the loss.
 
         A step that overflowed under a loss scale is skipped: weights, optimizer and averages stay; its images are used
         up, and the running statistics have seen them, as on a real machine. DivergedError where that can't help.
         """
-        norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        norm = norm_of(gradients) if norm is None else norm
         grad_norm = norm.item()
         overflowed = not (math.isfinite(loss) and math.isfinite(grad_norm))
         if overflowed and not self._may_skip(loss):
@@ -99,6 +103,11 @@ class WeightUpdate:
         self.loss_scale.load_state_dict(state["loss_scale"])
         if self.averages:
             self.averages.load_state_dict(state["averages"])
+
+
+def norm_of(gradients: list[Tensor]) -> Tensor:
+    """That of the whole gradient."""
+    return torch.stack(torch._foreach_norm(gradients)).norm()
 
 
 def clip(gradients: list[Tensor], norm: Tensor, largest: float) -> None:

@@ -37,25 +37,30 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Gradients reduced together: their number, and the share of the step's compute after which the last is ready."""
+    """Gradients reduced together: how many tensors and numbers, and after which share of the step's compute the last
+    of them is ready."""
 
+    tensors: int
     parameters: int
     ready: float
 
 
 def buckets(workload: Workload, ends: Sequence[int]) -> list[Bucket]:
-    """Cuts the gradients where `ends` tensors have come out of the backward pass; a layer's tensors stay together."""
-    made, parameters, tensors, flops = [], 0, 0, workload.forward_flops
+    """Cuts the gradients where `ends` tensors have come out of the backward pass; a layer's tensors stay together.
+
+    These are priced, and summed between real workers (train/comm/buckets).
+    """
+    made, parameters, tensors, cut, flops = [], 0, 0, 0, workload.forward_flops
     cuts = [end for end in ends if end < workload.num_tensors]
     for layer in reversed(workload.layers):
         while cuts and tensors >= cuts[0]:
             cuts.pop(0)
-            made.append(Bucket(parameters, flops / workload.training_flops))
-            parameters = 0
+            made.append(Bucket(tensors - cut, parameters, flops / workload.training_flops))
+            parameters, cut = 0, tensors
         flops += layer.backward_flops
         parameters += layer.parameters
         tensors += layer.tensors
-    made.append(Bucket(parameters, 1.0))
+    made.append(Bucket(tensors - cut, parameters, 1.0))
     return [bucket for bucket in made if bucket.parameters]
 
 
