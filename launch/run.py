@@ -24,8 +24,9 @@ from launch.job_folder import check_run_root  # noqa: E402
 from launch.nodes import examine  # noqa: E402
 from launch.placement import Layout, ask, resource_name, wanted_workers  # noqa: E402
 from launch.worker_group import WorkerFailed, WorkerGroup, started  # noqa: E402
-from train.emulator import Emulator, build, check_training  # noqa: E402
+from train.emulator import Emulator, build  # noqa: E402
 from train.emulator_faults import of_training  # noqa: E402
+from train.emulator_recipe import check_training  # noqa: E402
 from train.mesh.blocks import blocks  # noqa: E402
 from train.report import RunReport, report  # noqa: E402
 

@@ -62,9 +62,7 @@ def drawing(made: Emulator, most_groups: int = MOST_GROUPS_OF_A_RUN) -> Drawing:
     """One step of the machine, every chip as late as the mean one."""
     lanes = {"all_reduce": "all-reduce"} | {link.name: link.name for link in made.mesh.topology.link_classes}
     title = f"links of {made.mesh.name}, {made.plan.name} (all groups alike)"
-    return Drawing(
-        made.step(made.global_batch_size), CHIP_LANES, chip_parts(made), title, lanes, link_parts(made, most_groups)
-    )
+    return Drawing(made.course().at(1), CHIP_LANES, chip_parts(made), title, lanes, link_parts(made, most_groups))
 
 
 def link_parts(made: Emulator, most_groups: int) -> list[Part]:
@@ -82,8 +80,9 @@ def link_parts(made: Emulator, most_groups: int) -> list[Part]:
 
 def lateness(made: Emulator, seed: int, steps: int) -> np.ndarray:
     """[steps, chips]: seconds that each chip with work computes longer than the mean one; the largest is the wait."""
-    step, random = made.step(made.global_batch_size), np.random.default_rng(seed)
-    natural = made.wait_s(math.ceil(made.global_batch_size / made.mesh.num_chips), made.active_chips)
+    step, random = made.course().at(1), np.random.default_rng(seed)
+    images = math.ceil(made.global_batch_size / made.mesh.num_chips)
+    natural = made.wait_s(images, made.active_chips, made.sizes[0][1])
     late = np.zeros((steps, made.active_chips))
     for row in late if natural else []:
         drawn = draw(made.calibration.straggler, made.active_chips, random)
@@ -106,7 +105,7 @@ def chosen(late: np.ndarray) -> dict[int, str]:
 
 def chip_parts(made: Emulator, late: float = 0.0) -> list[Part]:
     """A step of a chip that computes `late` seconds longer than the mean one, its parts one after another."""
-    step, forward = made.step(made.global_batch_size), made.workload.forward_flops / made.workload.training_flops
+    step, forward = made.course().at(1), made.sizes[0][1].forward_flops / made.sizes[0][1].training_flops
     compute_s = step.compute_s + late
     launches = step.other_s - made.update_s
     parts = [
@@ -129,10 +128,11 @@ def chip_parts(made: Emulator, late: float = 0.0) -> list[Part]:
 
 def _reduces(made: Emulator) -> list[tuple[float, float, float]]:
     """(begin, seconds, bytes) of each bucket's all-reduce, in seconds of the step."""
-    given = made.step_inputs(math.ceil(made.global_batch_size / made.mesh.num_chips), made.active_chips)
+    images = math.ceil(made.global_batch_size / made.mesh.num_chips)
+    given = made.step_inputs(images, made.active_chips, workload=made.sizes[0][1])
     if made.active_chips == 1:
         return []
-    step, lane = made.step(made.global_batch_size), max(given["compute_s"], given["floor_s"])
+    step, lane = made.course().at(1), max(given["compute_s"], given["floor_s"])
     cut = buckets(given["workload"], given["bucket_ends"])
     sizes = [bucket.parameters * given["wire_bytes"] for bucket in cut]
     seconds = [given["all_reduce_s"](size) for size in sizes]
