@@ -79,7 +79,8 @@ def broken(tmp_path_factory) -> tuple[Path, dict]:
 def given_gradients(worker: Worker) -> list[torch.Tensor]:
     """Those that the optimizer gets in the worker's first step."""
     given, parameters = [], list(worker.model.parameters())
-    worker.optimizer.step = lambda: given.extend(p.grad.clone() for p in parameters)
+    step = worker.optimizer.step
+    worker.optimizer.step = lambda: (given.extend(p.grad.clone() for p in parameters), step())
     worker.trainer.train([], lambda progress: None)
     return given
 
