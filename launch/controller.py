@@ -141,9 +141,8 @@ class Controller:
         was_member = slot.number in self.members and slot.phase in ("training", "waiting", "done")
         self.group.kill(slot)
         loss = {"worker": slot.number, "hosts": hosts, "node": node, "kind": kind, "reason": reason}
-        loss |= {"detected_at": time(), "member": was_member}
-        self.losses.append(loss)
-        self._event("worker_lost", **{key: loss[key] for key in ("worker", "hosts", "node", "kind", "reason")})
+        self.losses.append(loss | {"detected_at": time()})
+        self._event("worker_lost", **loss)
         if was_member and kind != "left":
             self._broken = self._broken or f"worker {slot.number} {kind}"
             self.group.abandon([number for number in self.members if number != slot.number])

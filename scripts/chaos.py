@@ -22,28 +22,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from dataclasses import asdict, dataclass
-from itertools import cycle, islice
 from pathlib import Path
 
-from launch.cluster import LOOPBACK_VARIABLE
-from launch.compose import compose
-from launch.events import EVENTS_FILE
-from launch.run_folder import read_json
-from train import emulator
-from train.config import ConfigError
-from train.metrics import read_rows
-
 ROOT = Path(__file__).resolve().parent.parent
-NODES, WORKERS = 2, 4
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from launch.cluster import LOOPBACK_VARIABLE  # noqa: E402
+from launch.compose import compose  # noqa: E402
+from launch.events import EVENTS_FILE  # noqa: E402
+from launch.run_folder import read_json  # noqa: E402
+from scripts.chaos_strikes import NODES, WORKERS, Strike, line, plan, summary, unasked_losses  # noqa: E402
+from train import emulator  # noqa: E402
+from train.config import ConfigError  # noqa: E402
+from train.metrics import read_rows  # noqa: E402
+
 STEPS = 60
 SMALL = "model=resnet_cifar20 data.image_size=16 chip_batch_size=2 mesh=atlas900_64 precision=fp32".split()
-KINDS = [f"{victim} {how}" for how in ("killed", "stopped") for victim in ("worker", "raylet", "driver")]
-MOMENTS = ("backward", "all-reduce", "checkpoint", "evaluation")
 KEYS_OF_CHAOS = ("workers", "run", "run_root", "resume", "cluster.address")
-LOST = {"worker": 1, "raylet": WORKERS // NODES}
-"""How many workers a kill costs."""
 HEALTH_CHECK = {
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 500,
@@ -61,33 +57,6 @@ POLL_S = 0.02
 
 class Broken(RuntimeError):
     """The run did not survive; the message is one line."""
-
-
-@dataclass
-class Strike:
-    """One kill, and what came of it. None: it cost the training nothing.
-
-    Seconds are counted from the kill; where a raylet is killed, from the end of its first worker: Ray's workers work on
-    for `worked_on_s` until their node is given up.
-    """
-
-    kind: str
-    moment: str
-    step: int = 0
-    worked_on_s: float = 0.0
-    detected_s: float | None = None
-    training_again_s: float | None = None
-    steps_repeated: int = 0
-    source: str = ""
-
-
-def plan(kills: int, seed: int) -> list[Strike]:
-    """As many of each kind as can be, each kind at all moments in turn; the order is drawn."""
-    draw = random.Random(seed)
-    kinds = list(islice(cycle(KINDS), kills))
-    moments = {kind: cycle(draw.sample(MOMENTS, len(MOMENTS))) for kind in KINDS}
-    draw.shuffle(kinds)
-    return [Strike(kind, next(moments[kind])) for kind in kinds]
 
 
 class Nodes:
@@ -308,50 +277,6 @@ def words_of(overrides: list[str]) -> list[str]:
     return words
 
 
-def unasked_losses(run: Run, strikes: list[Strike]) -> int:
-    """Workers that were lost without a kill that explains it."""
-    explained = {f"{victim} {how}": lost for victim, lost in LOST.items() for how in ("killed", "stopped")}
-    return len(run.events("worker_lost")) - sum(explained.get(strike.kind, 0) for strike in strikes)
-
-
-def summary(strikes: list[Strike], equal: list[bool], unasked: int) -> dict:
-    """The object that --json prints."""
-    kinds = [kind for kind in KINDS if any(strike.kind == kind for strike in strikes)]
-
-    def largest(name: str, kind: str | None = None) -> float | None:
-        values = [getattr(strike, name) for strike in strikes if kind in (None, strike.kind)]
-        return max((value for value in values if value is not None), default=None)
-
-    return {
-        "kills": {kind: dict(Counter(strike.moment for strike in strikes if strike.kind == kind)) for kind in kinds},
-        "hash_equal": bool(equal) and all(equal),
-        "runs": len(equal),
-        "max_detect_s": largest("detected_s"),
-        "max_recover_s": largest("training_again_s"),
-        "steps_repeated": sum(strike.steps_repeated for strike in strikes),
-        "losses_nobody_asked_for": unasked,
-        "by_kind": {
-            kind: {
-                "max_detect_s": largest("detected_s", kind),
-                "max_recover_s": largest("training_again_s", kind),
-                "steps_repeated": sum(strike.steps_repeated for strike in strikes if strike.kind == kind),
-            }
-            for kind in kinds
-        },
-        "strikes": [asdict(strike) for strike in strikes],
-    }
-
-
-def line(strike: Strike) -> str:
-    def seconds(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f} s"
-
-    return (
-        f"{strike.kind:14} in {strike.moment:10} at step {strike.step:3}: detected {seconds(strike.detected_s):>7}, "
-        f"training again {seconds(strike.training_again_s):>7}, {strike.steps_repeated} step(s) repeated"
-    )
-
-
 def _main(wanted: argparse.Namespace) -> int:
     words = words_of(wanted.overrides)
     config = compose(words)
@@ -379,7 +304,7 @@ def _main(wanted: argparse.Namespace) -> int:
             try:
                 struck = chaos.disturb(run, strikes[len(given) :])
                 given += struck
-                unasked += unasked_losses(run, struck)
+                unasked += unasked_losses(len(run.events("worker_lost")), struck)
                 equal.append(run.check_end(expected))
             finally:
                 if run.process.poll() is None:

@@ -88,7 +88,7 @@ def four_nodes(home: Path) -> Shape:
     """Four raylets on loopback, 16 chips each: a worker needs one for itself."""
     environment = ours(home)
     nodes = subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "ray_nodes.py"],
+        [sys.executable, ROOT / "tests" / "ray_nodes.py", "4"],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -8,8 +8,6 @@ Two jobs each: one that ends by itself, one that is stopped. Prints a table in s
 import argparse
 import json
 import os
-import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,11 +19,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.slurm_here import free_ports, missing, slurm  # noqa: E402
+from scripts.ray_head import ray_head  # noqa: E402
+from scripts.slurm_here import missing, slurm  # noqa: E402
 
 RUN = ["experiment=digits_atlas", "workers=2", "hang_timeout_s=300"]
 CPUS, CHIPS = 2, 64
-START_TIMEOUT_S, STEP_TIMEOUT_S = 90.0, 600.0
+STEP_TIMEOUT_S = 600.0
 
 
 class Client:
@@ -76,36 +75,10 @@ def life(client: Client, overrides: list[str]) -> None:
 
 
 @contextmanager
-def ray_head(folder: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
-    """`ray start` on loopback with a token; yields the overrides and the environment that reach it."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    environment = inherited | token | {"RAY_TMPDIR": str(folder), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    gcs, dashboard, client, agent, grpc = free_ports(5)
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-    command += [f"--port={gcs}", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}", f"--num-cpus={CPUS}"]
-    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
-    command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"]
-    command += [f"--resources={json.dumps({'ascend910': CHIPS})}"]
-    with (folder / "head.log").open("w") as log:
-        head = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
-                    break
-            if head.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit((folder / "head.log").read_text()[-2000:])
-            time.sleep(0.2)
-        yield ["launch=ray_job", f"launch.address=http://127.0.0.1:{dashboard}"], environment
-    finally:
-        head.terminate()
-        try:
-            head.wait(30)
-        except subprocess.TimeoutExpired:
-            head.kill()
-            head.wait()
+def head(folder: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """A Ray head; yields the overrides and the environment that reach it."""
+    with ray_head(folder, CPUS, CHIPS) as (address, environment):
+        yield ["launch=ray_job", f"launch.address={address}"], environment
 
 
 @contextmanager
@@ -124,7 +97,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("ray_job", "slurm"))
     given, overrides = parser.parse_known_args()
-    kinds = {"ray_job": ray_head, "slurm": slurm_nodes}
+    kinds = {"ray_job": head, "slurm": slurm_nodes}
     if given.only != "ray_job" and (absent := missing()):
         print(f"job_times: {', '.join(absent)} not found: apt-get install slurm-wlm munge", file=sys.stderr)
         return 2

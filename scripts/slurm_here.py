@@ -117,6 +117,7 @@ def slurm(nodes: int = 2) -> Iterator[dict[str, str]]:
 
 
 def free_ports(count: int) -> list[int]:
+    """Given by the system, so above 19999; Ray keeps 10002 to 19999 for its workers."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [server.getsockname()[1] for server in sockets]
     for server in sockets:

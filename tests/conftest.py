@@ -1,16 +1,20 @@
 """Says at the end of every test run what was left out: each skip with its reason, each mark with its count.
 
-Two processes run the tests (pytest-xdist; `-n 0` for one): those that start Ray one after another in one of them, since
-they mostly wait, the other files beside them. And the folder of Ray's files.
+Two processes run the tests (pytest-xdist; `-n 0` for one), whole files each, so that a file's fixtures are made once:
+the files that start Ray one after another in one of them, since they mostly wait, the others beside them. And the
+folder of Ray's files.
 """
 
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
+
+from launch import compose
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two times two threads on two cores wait for each other
@@ -27,10 +31,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEFT_OUT] = Counter()
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Its own, for pytest 9.2 hides the names of groups from xdist 3.8's `--dist loadgroup`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            stem = Path(nodeid.partition("::")[0]).stem
+            return "ray" if stem in START_RAY else stem
+
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in START_RAY else item.path.stem))
+    """What takes longest begins first."""
+    items.sort(key=lambda item: item.path.stem not in START_RAY)
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
@@ -75,3 +91,20 @@ def ray_folder() -> Iterator[Path]:
     """Where Ray keeps its sessions in tests; its path is short, as Unix sockets need."""
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composed_once() -> Iterator[None]:
+    """What Hydra makes of the same words is made once in a process: each takes it a third of a second."""
+    compose_them, conf, made = compose._composed, compose.CONF, {}
+
+    def composed(words: list[str], on_command_line: list[str]) -> tuple[dict, dict]:
+        if compose.CONF != conf:  # a copy that a test has made, and changes
+            return compose_them(words, on_command_line)
+        if tuple(words) not in made:
+            made[tuple(words)] = compose_them(words, on_command_line)
+        return deepcopy(made[tuple(words)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compose, "_composed", composed)
+        yield

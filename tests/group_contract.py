@@ -8,7 +8,6 @@ is the right one is held against the numpy interpreter of the same plan, bit by 
 
 import argparse
 import json
-import os
 import threading
 import time
 from collections import Counter
@@ -18,12 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
+from group_samples import BACKENDS, WORKERS_PER_NODE, equal, make, name_of, numbers, summed
 from rank_processes import run_ranks
 from torch import Tensor
-from torch.distributed import PrefixStore
 
-from train.comm import peers
 from train.comm.aggregation import meeting_order
 from train.comm.algorithms import ring
 from train.comm.groups import PeerLost
@@ -31,47 +28,9 @@ from train.comm.plan import run_on_arrays
 from train.comm.plan_group import worker_mesh
 from train.comm.turns import SUMMED
 
-CONF = Path(__file__).parents[1] / "conf" / "backend"
-ALGORITHMS = "ring nhr halving_doubling double_tree hierarchical hierarchical_ring hierarchical_nhr torus_2d".split()
-BACKENDS = ("single", "gloo", *(f"plan:{name}" for name in ALGORITHMS), "shm", "shm:copies", "hybrid", "nccl", "hccl")
-WORKERS_PER_NODE = 2  # of the made-up nodes on which hybrid and the hierarchical plans run
 SIZES = (0, 1, 2, 3, 17, 1000, 8191, 100_003)
 Case = tuple[str, Callable[[], str | None]]
 """A name, and what asserts or returns why it was skipped."""
-
-
-def make(backend: str, rank: int, world_size: int, store: Any, prefix: str) -> Any:
-    """The group of conf/backend/<name>.yaml; after a colon the algorithm of `plan`, or `shm` that only copies."""
-    from train import emulator
-
-    name, _, algorithm = backend.partition(":")
-    node = yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8"))
-    if name == "shm":
-        node["read_memory"] = not algorithm
-    elif algorithm:
-        node["algorithm"]["_target_"] = f"train.comm.algorithms.{algorithm}"
-    if algorithm in ("torus_2d", *(name for name in ALGORITHMS if name.startswith("hierarchical"))):
-        chip = WORKERS_PER_NODE if world_size % WORKERS_PER_NODE == 0 else 1
-        node["axes"] = {"host": world_size // chip, "chip": chip}
-    if name == "hybrid":
-        peers.node_name = lambda: f"node {rank // WORKERS_PER_NODE}"
-    store = None if store is None else PrefixStore(prefix, store)
-    return emulator.make(node, rank=rank, world_size=world_size, store=store, device="cpu")
-
-
-def numbers(rank: int, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Whole numbers from 0 to 6: sums over up to 18 ranks are exact in int8, and over 42 in bfloat16."""
-    return (torch.arange(count) * (rank + 3) % 7).to(dtype)
-
-
-def summed(ranks: range | list[int], count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return sum(numbers(rank, count, torch.int64) for rank in ranks).to(dtype)
-
-
-def equal(ours: Tensor, expected: Tensor) -> None:
-    assert ours.dtype == expected.dtype and ours.shape == expected.shape, (ours.dtype, ours.shape)
-    wrong = (ours != expected).nonzero()
-    assert not len(wrong), f"{len(wrong)} of {ours.numel()} differ, first at {wrong[0].tolist()}"
 
 
 def bits(tensor: Tensor) -> np.ndarray:
@@ -352,13 +311,6 @@ class Contract:
         while names := [thread.name for thread in threading.enumerate() if thread.name == "peers"]:
             assert time.monotonic() < deadline, names
             time.sleep(0.01)
-
-
-def name_of(link: Path) -> str:
-    try:
-        return os.readlink(link)
-    except OSError:
-        return ""
 
 
 def in_order(each: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from group_contract import equal, make, name_of, numbers, summed
+from group_samples import equal, make, name_of, numbers, summed
 from rank_processes import run_ranks
 from torch.distributed import PrefixStore
 

@@ -49,7 +49,7 @@ class Command:
     def stderr(self) -> str:
         return self._err.read_text()
 
-    def wait(self, timeout_s: float = 90.0) -> int:
+    def wait(self, timeout_s: float = 180.0) -> int:
         try:
             return self.process.wait(timeout_s)
         finally:
@@ -84,7 +84,7 @@ def environment(ray_folder: Path) -> dict[str, str]:
     return inherited | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "RAY_TMPDIR": str(ray_folder)}
 
 
-def wait_for(condition: Callable[[], object], patience_s: float = 60.0) -> bool:
+def wait_for(condition: Callable[[], object], patience_s: float = 180.0) -> bool:
     """Whether it came true in time."""
     deadline = time.monotonic() + patience_s
     while not condition():

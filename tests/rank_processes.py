@@ -22,7 +22,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, dying: 
     that has loaded the library and done nothing with it.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.build", "hydra.utils", "torch._dynamo"])
+    context.set_forkserver_preload(["train.build", "hydra.utils"])
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     # a socket that is bound already keeps the store off the other interfaces

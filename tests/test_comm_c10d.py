@@ -1,6 +1,7 @@
 """Our backends under torch.distributed: a stock DDP script under torchrun, and whose operations they are."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -42,9 +43,21 @@ def test_a_stock_script_trains_as_on_gloo(backend, processes):
         assert [row[1:] for row in ours] == [row[1:] for row in theirs]
 
 
-def test_a_stock_script_trains_under_torchrun():
-    ours = torchrun("cpu:shm", 2)
-    assert len(ours) == 2 and len({digest for _, digest, _, _ in ours}) == 1
+def as_under_torchrun(rank: int, world_size: int, store, backend: str, out: Path) -> list[str]:
+    """The script with the environment that torchrun gives it; what it says, as in `torchrun`."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= where | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    said = out / str(rank)
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 1)  # to which the script writes
+    sys.argv = ["ddp_script.py", backend]
+    runpy.run_path(str(Path(__file__).with_name("ddp_script.py")), run_name="__main__")
+    return said.read_text().split()[2:]
+
+
+def test_a_stock_script_trains(tmp_path):
+    ours = run_ranks(2, as_under_torchrun, "cpu:shm", tmp_path)
+    assert len({digest for _, digest, _, _ in ours}) == 1 and {name for name, *_ in ours} == {"cpu:shm"}
     assert all(float(last) < float(first) for _, _, first, last in ours)
 
 

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from group_contract import BACKENDS, count, unavailable
+from group_contract import count, unavailable
+from group_samples import BACKENDS
 from kill_matrix import BACKENDS as MORTAL
 from kill_matrix import PHASES, killed, victims
 

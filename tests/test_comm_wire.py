@@ -6,7 +6,7 @@ import torch
 from emulator_samples import atlas
 from training_samples import tiny
 
-from scripts.wire_dtype import growth, reach, sums_in_a_row
+from scripts.wire_dtype_study import growth, reach, sums_in_a_row
 from train.account import contract
 from train.build import Worker, WorkerContext, run_worker
 from train.comm import wire

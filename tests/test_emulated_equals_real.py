@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from scripts import emulated_equals_real as script
-from scripts.emulated_equals_real import CHIPS, Case, Emulated, Processes, Worst, compare_runs, compare_steps
+from scripts import emulated_equals_real_sides as sides
+from scripts.emulated_equals_real import compare_runs, compare_steps
+from scripts.emulated_equals_real_sides import CHIPS, Case, Emulated, Processes, Worst
 from train.models.chip_norm import ChipPass, allocate_chips, norm_layers
 
 PAIRS = Case((2,) * CHIPS, steps=3, stages=3, image_size=8)
@@ -73,7 +75,7 @@ def test_a_mean_over_images_instead_of_chips_is_seen(processes: Processes, monke
         loss = functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
         return loss * CHIPS / sum(case.sizes)
 
-    monkeypatch.setattr(script, "chip_losses", over_images)
+    monkeypatch.setattr(sides, "chip_losses", over_images)
     case = ONE_STEP
     assert compare_steps(processes, case).passed
     case = replace(UNEQUAL, steps=1)
@@ -97,15 +99,15 @@ def test_an_error_in_a_process_is_told():
 
 def test_relative_errors():
     ones = torch.ones(4)
-    assert script.relative(ones + torch.tensor([0.2, 0.0, 0.0, 0.0]), ones) == pytest.approx(0.1)
-    assert script.relative(torch.zeros(4), torch.zeros(4)) == 0
-    assert script.relative(ones, torch.zeros(4)) == script.relative(ones * math.nan, ones) == math.inf
+    assert sides.relative(ones + torch.tensor([0.2, 0.0, 0.0, 0.0]), ones) == pytest.approx(0.1)
+    assert sides.relative(torch.zeros(4), torch.zeros(4)) == 0
+    assert sides.relative(ones, torch.zeros(4)) == sides.relative(ones * math.nan, ones) == math.inf
 
 
 def test_kinks_are_relus_open_on_one_side():
     theirs = torch.tensor([2.0, 0.0, 2.0, 0.0, 2.0, 2.0, 0.0, 0.0])  # root mean square: sqrt(2)
-    assert script.kink(theirs * 1.01, theirs) == 0
-    assert script.kink(theirs + torch.eye(8)[1] * 1e-6, theirs) == pytest.approx(1e-6 / 2**0.5)
+    assert sides.kink(theirs * 1.01, theirs) == 0
+    assert sides.kink(theirs + torch.eye(8)[1] * 1e-6, theirs) == pytest.approx(1e-6 / 2**0.5)
 
 
 @pytest.mark.parametrize(("error", "status"), [(9e-13, 0), (1.1e-12, 1), (math.inf, 1)])
@@ -113,7 +115,7 @@ def test_the_command_says_whether_all_bounds_hold(error, status, monkeypatch, ca
     monkeypatch.setattr(script, "Processes", contextlib.nullcontext)
     found = Worst(error, "conv1.weight")
     monkeypatch.setattr(script, "compare_steps", lambda _, case: script.StepErrors(case, statistics=found))
-    zeros = [0.0] * script.STEPS
+    zeros = [0.0] * sides.STEPS
     monkeypatch.setattr(script, "compare_runs", lambda _, case: script.FreeErrors(case, zeros, zeros))
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     for options in ([], ["--json"]):

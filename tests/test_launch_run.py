@@ -15,8 +15,8 @@ from processes import Command, on_loopback, wait_for
 from train.checkpoint_files import list_checkpoints
 
 FOLDER = """
-config.yaml env.json metrics.jsonl tb/measured tb/emulated checkpoints mlperf.log trace.json result.json report.md
-report.json
+config.yaml env.json metrics.jsonl tb/measured tb/emulated tb/page checkpoints mlperf.log trace.json result.json
+report.md report.json
 """.split()
 RESULT = """
 status error experiment top1 target_top1 reached epochs steps measured_s wall_s emulated_s images_per_s chips workers
@@ -71,28 +71,17 @@ def until_it_trains(command: Command, run: Path) -> None:
     assert command.process.poll() is None, command.stderr
 
 
-def test_a_run_leaves_its_folder_and_its_report_and_resumes_on_other_workers(start, tmp_path):
+def test_a_run_that_ctrl_c_stops_is_resumed_on_other_workers_and_leaves_its_folder_and_its_report(start, tmp_path):
     run = tmp_path / "runs/first"
-    command = start("run=first", "workers=2", "max_steps=2")
-    assert command.wait() == 0, command.stderr
-
-    assert all((run / name).exists() for name in FOLDER), sorted(run.iterdir())
-    assert list((run / "tb/measured").iterdir()) and list((run / "tb/emulated").iterdir())
-    assert checkpoints(run) == ["step_00000002.pt"]
-    result, environment = read(run / "result.json"), read(run / "env.json")
-    assert set(RESULT) <= set(result)
-    assert (result["status"], result["error"], result["steps"], result["workers"]) == ("done", None, 2, 2)
-    assert result["claim_s"] == 59.8 and result["restarts"] == 0
-    assert list(result["first_step"]) == PHASES and min(result["first_step"].values()) >= 0
-    assert sum(result["first_step"].values()) == pytest.approx(result["time_to_first_step_s"])
-    assert 0 < result["measured_s"] < result["wall_s"]
-    assert {"versions", "contract", "placement", "machine"} <= set(environment)
+    command = start("run=first", "workers=2", ENDLESS)
+    until_it_trains(command, run)
+    os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does: the whole group, Ray's processes too
+    assert command.wait() == 1
+    stopped, environment = read(run / "result.json"), read(run / "env.json")
+    assert (stopped["status"], stopped["error"], stopped["workers"]) == ("interrupted", None, 2)
+    assert checkpoints(run) == [f"step_{stopped['steps']:08d}.pt"]
+    assert "stopping after the step at hand" in command.stderr and "Traceback" not in command.stdout + command.stderr
     assert [worker["hosts"] for worker in environment["placement"]] == [[0, 3], [4, 7]]
-    assert yaml.safe_load((run / "config.yaml").read_text())["run"] == "first"
-    heading = next(line for line in command.stdout.splitlines() if line.count("|") == 5)
-    assert [cell.strip() for cell in heading.split("|")[2:5]] == ["claimed", "emulated", "measured"]
-    assert (run / "report.md").read_text().strip() in command.stdout
-    assert "Traceback" not in command.stdout + command.stderr
 
     assert {address for _, address in command.listening if not on_loopback(address)} == set()
     listeners = {pid for pid, _ in command.listening}
@@ -100,40 +89,60 @@ def test_a_run_leaves_its_folder_and_its_report_and_resumes_on_other_workers(sta
     assert len(listeners) >= 5  # these two, the raylet, the GCS, the driver
     assert command.left_over() == []
 
+    steps = stopped["steps"] + 2
+    again = start("resume=auto", "workers=1", f"max_steps={steps}")
+    assert again.wait() == 0, again.stderr
+    assert f"resumed  from step_{stopped['steps']:08d}.pt" in again.stdout
+    assert all((run / name).exists() for name in FOLDER), sorted(run.iterdir())
+    assert list((run / "tb/measured").iterdir()) and list((run / "tb/emulated").iterdir())
+    assert checkpoints(run)[-1] == f"step_{steps:08d}.pt"
+    result, environment = read(run / "result.json"), read(run / "env.json")
+    assert set(RESULT) <= set(result)
+    assert (result["status"], result["error"], result["steps"], result["workers"]) == ("done", None, steps, 1)
+    assert result["claim_s"] == 59.8 and result["restarts"] == 1
+    assert list(result["first_step"]) == PHASES and min(result["first_step"].values()) >= 0
+    assert sum(result["first_step"].values()) == pytest.approx(result["time_to_first_step_s"])
+    assert 0 < result["measured_s"] and 0 < result["wall_s"]
+    assert {"versions", "contract", "placement", "machine"} <= set(environment)
+    assert yaml.safe_load((run / "config.yaml").read_text())["run"] == "first"
+    heading = next(line for line in again.stdout.splitlines() if line.count("|") == 5)
+    assert [cell.strip() for cell in heading.split("|")[2:5]] == ["claimed", "emulated", "measured"]
+    assert (run / "report.md").read_text().strip() in again.stdout
+    points = [(row["kind"], row["step"]) for row in rows(run)]
+    assert [step for kind, step in points if kind == "step"] == list(range(1, steps + 1))
+    assert len(points) == len(set(points))
+    whole = trained_here([*TINY, ENDLESS, f"max_steps={steps}"], tmp_path / "whole")
+    assert result["weights_sha256"] == whole["weights_sha256"]
+
+
+@pytest.mark.slow
+def test_a_run_of_its_own_ends_in_less_than_its_wall_time_and_a_named_one_is_resumed(start, tmp_path):
+    run = tmp_path / "runs/first"
+    command = start("run=first", "workers=2", "max_steps=2")
+    assert command.wait() == 0, command.stderr
+    result = read(run / "result.json")
+    assert (result["status"], result["restarts"], checkpoints(run)) == ("done", 0, ["step_00000002.pt"])
+    assert 0 < result["measured_s"] < result["wall_s"]
     again = start("resume=first", "workers=1", "max_steps=4")
     assert again.wait() == 0, again.stderr
-    assert "resumed  from step_00000002.pt" in again.stdout
     resumed = read(run / "result.json")
     assert (resumed["steps"], resumed["workers"], resumed["restarts"]) == (4, 1, 1)
     assert resumed["weights_sha256"] == trained_here([*TINY, "max_steps=4"], tmp_path / "whole")["weights_sha256"]
-    points = [(row["kind"], row["step"]) for row in rows(run)]
-    assert [step for kind, step in points if kind == "step"] == [1, 2, 3, 4]
-    assert len(points) == len(set(points))
 
 
-def test_ctrl_c_saves_and_resume_auto_goes_on(start, tmp_path):
+@pytest.mark.slow
+def test_ctrl_c_to_the_command_alone_saves_too(start, tmp_path):
     run = tmp_path / "runs/stopped"
-    command = start("run=stopped", "workers=2", ENDLESS)
+    command = start("run=stopped", "workers=1", ENDLESS)
     until_it_trains(command, run)
-    os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does: the whole group, Ray's processes too
-    assert command.wait() == 1
-    first = read(run / "result.json")
-    assert (first["status"], first["error"]) == ("interrupted", None)
-    assert checkpoints(run) == [f"step_{first['steps']:08d}.pt"]
-    assert "stopping after the step at hand" in command.stderr and "Traceback" not in command.stderr
+    command.process.send_signal(signal.SIGINT)
+    assert command.wait() == 1, command.stderr
+    result = read(run / "result.json")
+    assert result["status"] == "interrupted" and checkpoints(run)[-1] == f"step_{result['steps']:08d}.pt"
+    assert "Traceback" not in command.stderr
     assert command.left_over() == []
-
-    again = start("resume=auto", "workers=1")
-    assert wait_for(lambda: rows(run)[-1]["step"] > first["steps"] or again.process.poll() is not None)
-    again.process.send_signal(signal.SIGINT)  # this time to the command alone
-    assert again.wait() == 1, again.stderr
-    second = read(run / "result.json")
-    assert second["status"] == "interrupted" and second["steps"] > first["steps"]
-    assert checkpoints(run)[-1] == f"step_{second['steps']:08d}.pt"
-    assert "Traceback" not in again.stderr
-    assert again.left_over() == []
-    whole = trained_here([*TINY, ENDLESS, f"max_steps={second['steps']}"], tmp_path / "whole")
-    assert second["weights_sha256"] == whole["weights_sha256"]
+    whole = trained_here([*TINY, ENDLESS, f"max_steps={result['steps']}"], tmp_path / "whole")
+    assert result["weights_sha256"] == whole["weights_sha256"]
 
 
 @pytest.mark.slow

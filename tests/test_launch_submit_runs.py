@@ -1,31 +1,42 @@
 """Jobs as commands: a run as a process that outlives the command, and as a job of a Ray head that the test starts."""
 
+import io
 import json
-import secrets
-import shutil
-import socket
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
 
 from launch import jobs_ray
+from launch import submit as submitting
 from launch.compose import compose
 from launch.job_folder import ROOT, Job, State
 from launch.jobs_ray import UPLOADED
+from scripts.ray_head import ray_head
 
 SMALL = "model=resnet_cifar20 mesh=atlas800 chip_batch_size=4 workers=1".split()
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 
 
 def submit(*words: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "launch.submit", *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+
+
+def submit_here(*words: str) -> subprocess.CompletedProcess:
+    """The same in this process. Not for a Ray head: its token is read once in the life of a process."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", ["submit", *words]):
+        status = submitting.main()
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
 def until(holds, what: str) -> None:
@@ -35,66 +46,23 @@ def until(holds, what: str) -> None:
         time.sleep(0.1)
 
 
-def stands(run_root: Path, name: str) -> str:
-    return json.loads(submit(f"run_root={run_root}", "action=status", f"job={name}", "format=json").stdout)["status"]
-
-
-def free_ports(count: int) -> list[int]:
-    """Given by the system, so above 19999; Ray keeps 10002 to 19999 for its workers."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in sockets]
-    for server in sockets:
-        server.close()
-    return ports
+def stands(run_root: Path, name: str, call=submit) -> str:
+    return json.loads(call(f"run_root={run_root}", "action=status", f"job={name}", "format=json").stdout)["status"]
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
-    """The job server's address. Ray's own loopback, token and folder; its path is short, for it holds sockets."""
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-    environment = {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listen on loopback only
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_TMPDIR": str(folder),
-    }
-    gcs, dashboard, client, agent, grpc = free_ports(5)
-    options = {
-        "--node-ip-address": "127.0.0.1",
-        "--port": gcs,
-        "--dashboard-host": "127.0.0.1",
-        "--dashboard-port": dashboard,
-        "--ray-client-server-port": client,
-        "--dashboard-agent-listen-port": agent,
-        "--dashboard-agent-grpc-port": grpc,
-        "--temp-dir": folder,
-        "--num-cpus": 4,
-        "--resources": '{"ascend910": 16}',
-    }
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-    command += [f"{name}={value}" for name, value in options.items()]
-    with pytest.MonkeyPatch.context() as patch, (folder / "head.log").open("w") as log:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        patch.delenv("RAY_ADDRESS", raising=False)
-        ray = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        try:
-            until(lambda: ray.poll() is not None or answers(dashboard), "Ray head")
-            assert ray.poll() is None, (folder / "head.log").read_text()
-            yield f"http://127.0.0.1:{dashboard}"
-        finally:
-            ray.terminate()
-            try:
-                ray.wait(20)
-            except subprocess.TimeoutExpired:
-                ray.kill()
-                ray.wait()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+    """The job server's address."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder,
+        ray_head(Path(folder), cpus=4, chips=16) as (address, environment),
+        pytest.MonkeyPatch.context() as patched,
+    ):
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            patched.delenv(name)
+        for name in [name for name in environment if name.startswith("RAY_")]:
+            patched.setenv(name, environment[name])
+        yield address
 
 
 def test_a_run_outlives_the_command(tmp_path: Path) -> None:
@@ -103,15 +71,15 @@ def test_a_run_outlives_the_command(tmp_path: Path) -> None:
     first = submit(*SMALL, *here, "max_steps=1")
     assert first.returncode == 0, first.stderr
     assert f"job      one (local), in {runs}/jobs/one\n" in first.stdout
-    assert stands(runs, "one") == "RUNNING"
+    assert stands(runs, "one", submit_here) == "RUNNING"
 
-    again = submit(*SMALL, *here, "max_steps=2")
+    again = submit_here(*SMALL, *here, "max_steps=2")
     assert again.returncode == 0 and again.stdout.startswith("job one (local): RUNNING for ")
     assert again.stderr == "launch.submit: job one exists; nothing was submitted\n"
 
-    followed = submit(*here, "action=logs")
+    followed = submit_here(*here, "action=logs")
     assert followed.returncode == 0 and "# Run one" in followed.stdout, followed.stdout
-    assert stands(runs, "one") == "SUCCEEDED"
+    assert stands(runs, "one", submit_here) == "SUCCEEDED"
     job = Job(runs / "jobs" / "one")
     assert (job.folder / "command.txt").read_text().endswith(f" max_steps=1 run_root={runs} run=one\n")
     done = json.loads((runs / "one" / "result.json").read_text())
@@ -119,8 +87,8 @@ def test_a_run_outlives_the_command(tmp_path: Path) -> None:
     promised, kept = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (job.folder, runs / "one"))
     assert promised == kept
 
-    assert submit(*SMALL, *here).stdout.startswith("job one (local): SUCCEEDED after ")
-    assert submit(*here, "action=fetch", f"launch.fetch_to={tmp_path}").returncode == 0
+    assert submit_here(*SMALL, *here).stdout.startswith("job one (local): SUCCEEDED after ")
+    assert submit_here(*here, "action=fetch", f"launch.fetch_to={tmp_path}").returncode == 0
     assert (tmp_path / "one" / "result.json").read_bytes() == (runs / "one" / "result.json").read_bytes()
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from run_folder_samples import CLAIM, NEIGHBOURS, RECORDS, config, make_run, result
 
-from train.conditions import as_percent, conditions
+from train.conditions import as_percent, as_seconds, conditions
 from train.report import report
 
 IMAGENET_DATA = {"name": "imagenet", "num_train": 1_281_167, "num_eval": 50_000, "num_classes": 1000, "image_size": 224}
@@ -176,6 +176,10 @@ def test_a_claim_that_is_not_in_the_records_is_refused(tmp_path):
 def test_no_accuracy_is_rounded_up_to_one_that_was_not_reached():
     assert as_percent(0.758999) == "75.89 %" and as_percent(0.759) == "75.90 %"
     assert as_percent(0.97) == "97.00 %" and as_percent(0.57) == "57.00 %"
+
+
+def test_what_rounds_to_no_seconds_has_no_sign():
+    assert (as_seconds(-1e-9), as_seconds(-1234.5)) == ("0.00 s", "-1,234.50 s")
 
 
 def test_command_prints_every_report(finished, tmp_path):

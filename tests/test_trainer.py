@@ -102,6 +102,21 @@ def test_two_workers_train_the_same_bits_as_one(whole, two_workers):
         assert values(folder / "sgd", "eval", tag) == values(whole[0], "eval", tag)
 
 
+def test_the_chips_spread_is_that_of_all_chips_whoever_holds_them(whole, two_workers):
+    """Of the chips' variances as the checkpoint of that step has them, from written-out formulas."""
+    folder, _ = two_workers
+    for tag in sorted(tag for tag in rows(folder / "sgd", "eval")[0]["values"] if tag.startswith("chips/")):
+        assert values(folder / "sgd", "eval", tag) == pytest.approx(values(whole[0], "eval", tag), rel=1e-5)
+    state = checkpoint.load(list_checkpoints(folder / "sgd" / "checkpoints")[-1])
+    widths = [len(tensor) for name, tensor in state["model"].items() if name.endswith("running_var")]
+    moments = state["chip_moments"].split([width for width in widths for _ in ("mean", "var")], dim=1)
+    offs = [(var - var.mean(0)).norm(dim=1) / var.mean(0).norm() for var in moments[1::2]]
+    off = torch.stack(offs).mean(0)
+    assert len(off) == 24  # 3 hosts of 8
+    for which, expected in (("min", off.min()), ("median", off.quantile(0.5)), ("max", off.max())):
+        assert values(whole[0], "eval", f"chips/bn_var_off_{which}")[-1] == pytest.approx(float(expected), rel=1e-3)
+
+
 def test_two_workers_train_the_same_bits_as_one_in_bfloat16_with_lars(two_workers, tmp_path):
     one = train(tmp_path, *LARS_BF16)
     assert [result["weights_sha256"] for _, result in two_workers[1]] == [one["weights_sha256"]] * 2

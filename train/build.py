@@ -315,7 +315,7 @@ class Worker:
         self._sinks = open_sinks(run_dir, self.config, resumed_step=step, claim=claim)
         written = {(row["kind"], row["step"]) for row in read_rows(run_dir)}
         self._callbacks += [FenceCallback(attempt), self.progress_callback]
-        for writes in (MetricsCallback(self._sinks), MLPerfCallback(), TraceCallback()):
+        for writes in (MetricsCallback(self._sinks), MLPerfCallback(), TraceCallback(self.emulator)):
             self._callbacks.append(OutlastsFullDisk(writes, self.notes.append))
         run = RunInfo(self, run_dir, step)
         for callback in self._callbacks:

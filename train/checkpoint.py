@@ -74,7 +74,7 @@ class Writer:
 
     def write(self, step: int, state: dict) -> None:
         """Take over `state` (nobody changes its tensors any more); waits for the one before. Fenced as `save`."""
-        self._join()
+        self.settle()
         if isinstance(self._failure, Fenced):
             raise self._failure
         self._failure = None
@@ -83,15 +83,12 @@ class Writer:
 
     def close(self) -> None:
         """Return when all is on disk; the error of the last checkpoint where it isn't."""
-        self._join()
+        self.settle()
         if self._failure is not None:
             raise self._failure
 
     def settle(self) -> None:
         """Return when nothing is being written, however that ended."""
-        self._join()
-
-    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None

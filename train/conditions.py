@@ -118,7 +118,7 @@ def as_percent(fraction: float | None) -> str:
 
 
 def as_seconds(value: float | None, missing: str | None = None) -> str:
-    return missing or "-" if value is None else f"{value:,.2f} s"
+    return missing or "-" if value is None else f"{value:z,.2f} s"  # z: no minus sign before 0.00
 
 
 def as_interval(seconds: list[float]) -> str:

@@ -8,10 +8,12 @@ from torch import nn
 from train.optim.parameters import split_by_decay
 
 
-class SGD(torch.optim.SGD):
-    """`torch.optim.SGD` with the recipe's parameter groups; the trainer sets their learning rate before each step.
+class SGD:
+    """torch's fused step with the recipe's parameter groups; the trainer sets their learning rate before each step.
 
-    Gradients must have their parameters' memory layout, as autograd makes them: the fused step ignores strides.
+    Like LARS it does not derive from `torch.optim.Optimizer`, whose first use imports torch's compiler: half of what
+    importing torch itself takes. Gradients must have their parameters' memory layout, as autograd makes them: the fused
+    step ignores strides.
     """
 
     def __init__(
@@ -28,5 +30,35 @@ class SGD(torch.optim.SGD):
         if nesterov and momentum == 0:
             raise ValueError("optim.nesterov=true: needs optim.momentum above 0; set it, or nesterov to false")
         matrices, vectors = split_by_decay(parameters)
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        super().__init__(groups, lr=0.0, momentum=momentum, nesterov=nesterov, fused=True)
+        common = {"lr": 0.0, "momentum": momentum, "nesterov": nesterov}
+        self.param_groups = [
+            {"params": matrices, "weight_decay": weight_decay} | common,
+            {"params": vectors, "weight_decay": 0.0} | common,
+        ]
+        self._velocities = {p: torch.zeros_like(p) for p in (*matrices, *vectors)} if momentum else {}
+
+    def state_dict(self) -> dict:
+        """The velocities in the parameters' order; the settings are the configuration's."""
+        return {"velocities": list(self._velocities.values())}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        for velocity, saved in zip(self._velocities.values(), state["velocities"], strict=True):
+            velocity.copy_(saved)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            settings = {name: group[name] for name in ("lr", "momentum", "nesterov", "weight_decay")}
+            torch._fused_sgd_(
+                parameters,
+                [p.grad for p in parameters],
+                [self._velocities[p] for p in parameters] if self._velocities else [],
+                **settings,
+                dampening=0.0,
+                maximize=False,
+                is_first_step=False,  # velocities begin as zeros
+            )
