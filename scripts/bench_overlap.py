@@ -60,7 +60,6 @@ class Step:
         return functional.cross_entropy(module(self.images), self.labels)
 
     def update(self, gradients: list | None) -> None:
-        self.summed = time.perf_counter()
         if gradients is not None:
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = gradient
@@ -77,6 +76,7 @@ def ours(step: Step, sums: Any, workers: int) -> Callable[[], None]:
         with sums.as_they_come(0, loss.detach().view(1)):
             loss.backward()
         gradients, _ = sums.total()
+        step.summed = time.perf_counter()
         step.update(torch._foreach_div(gradients, workers))
 
     return run
@@ -89,6 +89,7 @@ def stock(step: Step) -> Callable[[], None]:
 
     def run() -> None:
         step.loss(module).backward()  # which waits for the sums
+        step.summed = time.perf_counter()
         step.update(None)
 
     return run
@@ -137,11 +138,8 @@ def prepared(rank: int, workers: int, store: Any, given: argparse.Namespace) -> 
 
 
 def alone(step: Step, sums: Any) -> None:
-    """The sums of a step whose gradients are all there."""
-    from train.comm.buckets import taken
-
-    step.loss(step.model).backward()
-    sums.add(0, taken(step.parameters), step.images.new_zeros(1))
+    """Hand over a step's gradients, all at once, of which only the sums are left to do."""
+    sums.add(0, [parameter.detach().clone() for parameter in step.parameters], step.images.new_zeros(1))
 
 
 def work(rank: int, workers: int, port: int, given: argparse.Namespace, results: Any) -> None:
