@@ -13,26 +13,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch import signature
+from launch import outside
+from launch.node_rules import check_nodes
 from launch.usage import usage
-from train.config import Config, ConfigError, fits, nearest, show, spell
+from train.config import Config, ConfigError, nearest, show
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_"}
 
 NO_RECIPE = "none"
 
 FLAGS = ("-m", "--multirun", "--cfg", "-h", "--help")
-
-HANDED_OVER = {
-    "backend": {"rank", "world_size", "store", "device"},
-    "optim": {"parameters"},
-    "schedule": {"epochs"},
-}
-"""Arguments that the builder gives a group's constructor itself: never in YAML."""
-
-FROM_DATA = {"model.num_classes"}
-"""Keys that take the data's value where they are null."""
 
 BRINGS = ("chip", "wire_dtype", "network")
 """What a mesh's file may name under `brings`: a real machine's own chip, a wire dtype that the chip computes in, the
@@ -152,9 +142,10 @@ def _composed(words: list[str], on_command_line: list[str]) -> tuple[dict, dict]
     from yaml import YAMLError
 
     try:
+        words, files = outside.for_hydra(words)
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             composed = hydra.compose("config", words, return_hydra_config=True)
-        chosen = OmegaConf.to_container(composed.hydra.runtime.choices)
+        chosen = OmegaConf.to_container(composed.hydra.runtime.choices) | files
         OmegaConf.set_struct(composed, False)
         del composed["hydra"]
         return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True), chosen
@@ -176,9 +167,9 @@ def brought(mesh: str, settled: set[str]) -> list[str]:
     for name in brings:
         if name not in BRINGS:
             close = nearest(name, BRINGS, prefix="mesh.brings.")
-            raise ConfigError(f"mesh.brings.{name}", f"no such key{close} (in conf/mesh/{mesh}.yaml)")
+            raise ConfigError(f"mesh.brings.{name}", f"no such key{close} (in {_spelt(f'mesh/{mesh}')})")
     return [
-        f"{name}={value}" if name in groups() else f"++{name}={value}"
+        f"{name}={outside.beside(mesh, name, value)}" if name in groups() else f"++{name}={value}"
         for name, value in brings.items()
         if name not in settled
     ]
@@ -272,7 +263,7 @@ def check(config: dict) -> None:
     """Holds every key against the typed top level and every node against its constructor; raises ConfigError."""
     Config.from_dict(config)
     for name, value in config.items():
-        _check_nodes(name, value)
+        check_nodes(name, value)
     if "_target_" not in config["faults"] and config["faults"]:
         raise ConfigError(f"faults.{next(iter(config['faults']))}", "no such key: a fault is a node with a _target_")
 
@@ -312,37 +303,6 @@ def load_run_config(path: str | Path) -> dict:
     return config
 
 
-def _check_nodes(path: str, value: Any) -> None:
-    if isinstance(value, dict) and "_target_" in value:
-        _check_node(path, value)
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, item in inner:
-        _check_nodes(f"{path}.{name}", item)
-
-
-def _check_node(path: str, node: dict) -> None:
-    target = node["_target_"]
-    try:
-        accepted = signature.read(str(target))
-    except signature.UnknownTarget as error:
-        close = nearest(str(target).rpartition(".")[2], error.names) if error.names else ""
-        raise ConfigError(f"{path}._target_", f"{target}: {error}{close}") from error
-    handed_over = HANDED_OVER.get(path, set())
-    parameters = {name: parameter for name, parameter in accepted.parameters.items() if name not in handed_over}
-    for name, value in node.items():
-        key = f"{path}.{name}"
-        if name in HYDRA_KEYS or (value is None and key in FROM_DATA):
-            continue
-        if name in parameters:
-            if not fits(value, parameters[name].hint):
-                raise ConfigError(key, f"{show(value)} is not {spell(parameters[name].hint)}")
-        elif name in handed_over or not accepted.open:
-            raise ConfigError(key, "no such key" + nearest(name, parameters, prefix=f"{path}."))
-    missing = [name for name, parameter in parameters.items() if parameter.required and name not in node]
-    if missing and not node.get("_partial_"):
-        raise ConfigError(f"{path}.{missing[0]}", f"is missing: {target} needs {', '.join(missing)}")
-
-
 def _missing_option(file: str, overrides: list[str]) -> ConfigError:
     """`mesh=atlas900_1025`, on the command line or in a defaults list."""
     group, _, option = file.rpartition("/")
@@ -367,7 +327,7 @@ def _origin(key: str, on_command_line: list[str], chosen: dict) -> str:
     places += [(name, rest) for name in _bases(f"{group}/{chosen.get(group)}")] + [("config", key)]
     for name, inside in places:
         if inside and inside in dict(_leaves("", _plain(name), branches=True)):
-            return f" (in conf/{name}.yaml)"
+            return f" (in {_spelt(name)})"
     return ""
 
 
@@ -380,11 +340,18 @@ def _bases(name: str) -> Iterator[str]:
 
 
 def _plain(name: str) -> dict:
-    """A file of conf/ by itself; {} where there is none."""
+    """A file of conf/ by itself, or one outside; {} where there is none."""
     from omegaconf import OmegaConf
 
+    if outside.is_file(name):
+        return outside.plain(name)
     path = CONF / f"{name}.yaml"
     return OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+
+
+def _spelt(name: str) -> str:
+    """The file of a name such as `mesh/atlas900_64`, as a message says it."""
+    return name.partition("/")[2] if outside.is_file(name) else f"conf/{name}.yaml"
 
 
 def _leaves(path: str, value: Any, branches: bool = False) -> Iterator[tuple[str, Any]]:

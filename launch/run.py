@@ -14,7 +14,7 @@ from functools import wraps  # noqa: E402
 from itertools import pairwise  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from launch import compose, run_folder  # noqa: E402
+from launch import compose, run_folder, run_page  # noqa: E402
 from launch.cluster import Cluster, exposure, join, settle  # noqa: E402
 from launch.console import Display  # noqa: E402
 from launch.controller import Controller  # noqa: E402
@@ -24,9 +24,11 @@ from launch.job_folder import check_run_root  # noqa: E402
 from launch.nodes import examine  # noqa: E402
 from launch.placement import Layout, ask, resource_name, wanted_workers  # noqa: E402
 from launch.worker_group import WorkerFailed, WorkerGroup, started  # noqa: E402
-from train.emulator import Emulator, build, check_training  # noqa: E402
+from train.emulator import Emulator, build  # noqa: E402
 from train.emulator_faults import of_training  # noqa: E402
+from train.emulator_recipe import check_training  # noqa: E402
 from train.mesh.blocks import blocks  # noqa: E402
+from train.report import RunReport, report  # noqa: E402
 
 
 def train(config: dict, started_at: float | None = None) -> int:
@@ -81,7 +83,6 @@ def _train(
 ) -> int:
     """Everything that leaves traces: the folder, the training, the result, the report."""
     from train.records import find, load
-    from train.report import report
     from train.tensorboard import write_reference_runs
 
     contract, facts, records = said["contract"], said["facts"], load()
@@ -123,7 +124,9 @@ def _train(
     )
     try:
         run_folder.write_json(folder / "result.json", run_folder.complete(folder, summary))
-        print(report([folder]).text)
+        reported = report([folder])
+        print(reported.text)
+        _page(reported.runs[0])
     except OSError as failure:
         error = error or f"its result can't be written: {failure}"
     held.close()
@@ -132,6 +135,14 @@ def _train(
     if result["status"] == "interrupted":
         raise KeyboardInterrupt  # ends a sweep as well
     return 0 if result["status"] == "done" and not error else 1
+
+
+def _page(reported: RunReport) -> None:
+    """A view of the run, which has ended by now: a disk without room for it changes nothing."""
+    try:
+        run_page.write(reported)
+    except OSError as failure:
+        print(f"launch.run: no page for TensorBoard: {failure}", file=sys.stderr)
 
 
 def phases(marks: dict[str, float]) -> dict[str, float]:

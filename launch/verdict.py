@@ -54,7 +54,7 @@ def write(found: Verdict, folder: Path) -> None:
     write_aside(folder / "verdict.md", text)
     write_aside(folder / "verdict.json", json.dumps(found.as_dict(), indent=1) + "\n")
     draw(found, folder / "verdict.png")
-    write_page(folder / "tb", "verdict", text, folder / "verdict.png")
+    write_page(folder / "tb", {"verdict": text}, {"verdict/picture": folder / "verdict.png"})
 
 
 def judged(config: dict) -> Verdict:

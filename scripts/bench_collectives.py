@@ -6,7 +6,8 @@
 An all-reduce of contiguous fp32, by default the gradients of ResNet-50 and 4 KB; one thread a worker.
 gloo    torch's own ring
 plan    our ring, by messages over gloo
-shm     shared memory, with copies in and out
+shm     shared memory and, where the kernel lets workers do so, reading each other's (the buffer is private)
+copies  shared memory alone, with copies in and out
 shared  shared memory in which the terms already lie, and the result is left there (how training uses it)
 copy    what memory allows: every worker copies a buffer of its own from one place to another, all at once
 
@@ -36,6 +37,7 @@ AIMS = {
     ("shm", "small"): {2: 5, 4: 10, 8: 10},
     ("plan", "large"): {2: 1 / 1.4, 4: 1 / 1.1, 8: 1 / 1.1},
 }
+CANDIDATES = ("gloo", "plan", "shm", "copies", "shared", "copy")
 SMALL_UP_TO, LARGE_FROM = 4096, 100e6
 
 
@@ -50,12 +52,15 @@ def candidates(rank: int, workers: int, store: Any, nbytes: int, piece_kib: int 
 
     where = {kind: PrefixStore(f"{kind.__name__} {nbytes}", store) for kind in (TorchGroup, PlanGroup, ShmGroup)}
     gloo, plan = (kind(rank, workers, where[kind], "cpu") for kind in (TorchGroup, PlanGroup))
-    shm = ShmGroup(rank, workers, where[ShmGroup], "cpu", piece_kib=piece_kib)
+    shm = ShmGroup(rank, workers, where[ShmGroup], "cpu")
+    copies = ShmGroup(
+        rank, workers, PrefixStore("copies", where[ShmGroup]), "cpu", piece_kib=piece_kib, read_memory=False
+    )
     value, other = torch.ones(nbytes // 4), torch.empty(nbytes // 4)
     *parts, result = shm.shared([len(value)] * (workers + 1), torch.float32)
     parts[rank].fill_(1.0)
     summed = torch.ones(nbytes // 4)
-    for group in (gloo, plan, shm):
+    for group in (gloo, plan, shm, copies):
         group.all_reduce(summed.fill_(1.0))
         assert (summed == workers).all()
     shm.sum_shared(parts, [result])
@@ -65,6 +70,7 @@ def candidates(rank: int, workers: int, store: Any, nbytes: int, piece_kib: int 
         "gloo": lambda: gloo.all_reduce(value),
         "plan": lambda: plan.all_reduce(value),
         "shm": lambda: shm.all_reduce(value),
+        "copies": lambda: copies.all_reduce(value),
         "shared": lambda: shm.sum_shared(parts, [result]),
         "copy": lambda: other.copy_(value),
     }
@@ -116,7 +122,7 @@ def measure(workers: int, sizes: list[int], repetitions: int, piece_kib: int | N
     for process in processes:
         process.start()
     samples: dict[tuple[int, str], list[float]] = {}
-    expected = len(sizes) * 5 * repetitions
+    expected = len(sizes) * len(CANDIDATES) * repetitions
     while sum(map(len, samples.values())) < expected:
         if not results.empty() or all(process.is_alive() for process in processes):
             try:
@@ -187,7 +193,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--bytes", type=int, nargs="+", default=[RESNET50_BYTES, 4096])
     parser.add_argument("--repetitions", type=int, default=11)
-    parser.add_argument("--piece-kib", type=int, help="backend.piece_kib of shm")
+    parser.add_argument("--piece-kib", type=int, help="backend.piece_kib of copies")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     given = parser.parse_args()
     if min(given.workers) < 2 or min(given.bytes) < 4 or any(size % 4 for size in given.bytes):

@@ -3,7 +3,7 @@
     python scripts/import_mlperf.py result_0.txt [--out DIR]
     python -m launch.emulate run=DIR mesh=dgx_h100
 
-Reads the lines ':::MLLOG' of training v0.7 and later, benchmark resnet (mlcommons/training_results_v*). The folder has
+Reads logs of training v0.6 and later, benchmark resnet (mlcommons/training_results_v*). The folder has
 config.yaml, metrics.jsonl, published.json and tb/published; every number in it is published, none measured or emulated.
 """
 

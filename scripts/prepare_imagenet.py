@@ -31,6 +31,7 @@ from train.data.archives import list_photos
 from train.data.prepare import Job, Maker, Options, begin, finish, plan, verify
 from train.data.shards import INDEX, read_index
 from train.data.turbojpeg import find_library
+from train.memory import keep_freed_memory
 
 EVERY_S = 2.0  # between lines of progress
 
@@ -118,6 +119,7 @@ def make_all(maker: Maker, jobs: list[Job], processes: int) -> None:
 def follow_the_parent() -> None:
     """End when the main process does, even by kill -9: an orphan would go on writing."""
     torch.set_num_threads(1)
+    keep_freed_memory()  # every photo's pixels need as much again
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (wait_for([parent.sentinel]), os._exit(1)), daemon=True).start()
 

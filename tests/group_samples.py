@@ -13,17 +13,19 @@ from train.comm import peers
 
 CONF = Path(__file__).parents[1] / "conf" / "backend"
 ALGORITHMS = "ring nhr halving_doubling double_tree hierarchical hierarchical_ring hierarchical_nhr torus_2d".split()
-BACKENDS = ("single", "gloo", *(f"plan:{name}" for name in ALGORITHMS), "shm", "hybrid", "nccl", "hccl")
+BACKENDS = ("single", "gloo", *(f"plan:{name}" for name in ALGORITHMS), "shm", "shm:copies", "hybrid", "nccl", "hccl")
 WORKERS_PER_NODE = 2  # of the made-up nodes on which hybrid and the hierarchical plans run
 
 
 def make(backend: str, rank: int, world_size: int, store: Any, prefix: str) -> Any:
-    """The group of conf/backend/<name>.yaml; what follows a colon is the algorithm of `plan`."""
+    """The group of conf/backend/<name>.yaml; after a colon the algorithm of `plan`, or `shm` that only copies."""
     from train import emulator
 
     name, _, algorithm = backend.partition(":")
     node = yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8"))
-    if algorithm:
+    if name == "shm":
+        node["read_memory"] = not algorithm
+    elif algorithm:
         node["algorithm"]["_target_"] = f"train.comm.algorithms.{algorithm}"
     if algorithm in ("torus_2d", *(name for name in ALGORITHMS if name.startswith("hierarchical"))):
         chip = WORKERS_PER_NODE if world_size % WORKERS_PER_NODE == 0 else 1

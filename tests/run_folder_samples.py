@@ -18,6 +18,11 @@ from train.sim.step import StepTime
 STEPS_PER_EPOCH, NUM_STEPS, EVAL_STEPS = 3, 12, (6, 12)
 STARTED_AT = 1_750_000_000.0
 STARTUP_S, EVAL_S = 0.25, 0.02  # emulated
+CHIPS = {
+    f"chips/{name}_{which}": value
+    for name in ("bn_mean_shift", "bn_var_off")
+    for which, value in (("min", 0.01), ("median", 0.02), ("max", 0.05))
+}
 STEP = StepTime(compute_s=0.0125, exposed_comm_s=0.0031, straggler_s=0.0011, input_s=0.0, other_s=0.0004)
 CLAIM_ID = "huawei-2019-atlas900"
 NEIGHBOUR_IDS = ["mlperf-v1.0-PCL-CloudBrainII_1024_mindspore_close", "mlperf-v0.6-Fujitsu-abci_2048xV100_mxnet"]
@@ -148,6 +153,7 @@ class Clocked:
             emulated_eval_s=EVAL_S,
             measured_s=self.measured_s,
             emulated_s=self.emulated_s,
+            chips=CHIPS,
         )
 
 

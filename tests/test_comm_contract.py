@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[1]
 SMALL, LARGE = 100_003, 10_000_000
 
 
-@pytest.mark.parametrize("backend, ranks", [("single", 1), ("gloo", 3), ("plan:nhr", 3), ("shm", 3), ("hybrid", 3)])
+TRIED = [("single", 1), ("gloo", 3), ("plan:nhr", 3), ("shm", 3), ("shm:copies", 2), ("hybrid", 3)]
+
+
+@pytest.mark.parametrize("backend, ranks", TRIED)
 def test_contract(backend, ranks):
     counts = count(backend, ranks, SMALL)
     assert counts["passed"] >= 100, counts

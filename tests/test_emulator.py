@@ -4,8 +4,9 @@ from dataclasses import fields
 import pytest
 from emulator_samples import record_config
 
-from train.emulator import build, check_training
+from train.emulator import build
 from train.emulator_origins import kind
+from train.emulator_recipe import check_training
 from train.records import load
 from train.sim.calibration import Calibration
 from train.sim.straggler import expected_max

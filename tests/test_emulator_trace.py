@@ -5,6 +5,7 @@ from collections import defaultdict
 
 import pytest
 from emulator_samples import record_config
+from trace_laws import checked, seconds
 
 from train import emulator
 from train.emulator_trace import CHIP_LANES, LINKS, MEAN_CHIP, NUM_STEPS, dumps, lateness
@@ -28,39 +29,33 @@ def machine(request):
 
 @pytest.fixture
 def lanes(machine):
-    """(process, lane) -> its events, in time."""
-    return by_lane(json.loads(dumps(machine))["traceEvents"])
+    """(process, lane) -> its events, in time; the file keeps the format's laws."""
+    return checked(dumps(machine))
 
 
-def by_lane(events: list[dict]) -> dict:
-    named = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    found = defaultdict(list)
-    for event in sorted((e for e in events if e["ph"] == "X"), key=lambda e: e["ts"]):
-        found[event["pid"], named[event["pid"], event["tid"]]].append(event)
-    return found
-
-
-def test_schema(machine):
+def test_it_says_what_it_is(machine):
     content = json.loads(dumps(machine))
     assert content["otherData"]["label"] == "emulated" and content["displayTimeUnit"] == "ms"
-    for event in content["traceEvents"]:
-        assert event["ph"] in ("X", "M") and isinstance(event["name"], str) and isinstance(event["args"], dict)
-        assert isinstance(event["pid"], int) and isinstance(event["tid"], int)
-        if event["ph"] == "X":
-            assert event["ts"] >= 0 and event["dur"] > 0
 
 
-def test_events_of_a_lane_do_not_overlap(lanes):
-    for events in lanes.values():
-        for before, after in zip(events, events[1:], strict=False):
-            assert round(1000 * (before["ts"] + before["dur"])) <= round(1000 * after["ts"])
+def test_a_step_is_compute_and_what_is_exposed_to_a_nanosecond(machine, lanes):
+    step = machine.step(machine.global_batch_size)
+    for number in range(1, NUM_STEPS + 1):
+        parts = {
+            part: seconds([event for event in lanes[MEAN_CHIP, lane] if event["args"]["step"] == number])
+            for part, lane in CHIP_LANES.items()
+        }
+        assert sum(parts.values()) == pytest.approx(step.step_s, rel=0, abs=1.5e-9)
+        assert parts["compute_s"] + parts["exposed_comm_s"] == pytest.approx(
+            step.compute_s + step.exposed_comm_s, rel=0, abs=3e-9
+        )  # several events, whose ends are whole nanoseconds
 
 
 def test_the_mean_chip_s_lanes_add_up_to_the_step_s_parts(machine, lanes):
     step = machine.step(machine.global_batch_size)
     for part, lane in CHIP_LANES.items():
-        seconds = sum(event["dur"] for event in lanes[MEAN_CHIP, lane]) / 1e6
-        assert seconds == pytest.approx(NUM_STEPS * getattr(step, part), abs=1e-7)
+        drawn = seconds(lanes[MEAN_CHIP, lane])
+        assert drawn == pytest.approx(NUM_STEPS * getattr(step, part), abs=1e-7)
 
 
 def test_every_chip_ends_its_step_with_the_others(machine, lanes):
@@ -69,10 +64,10 @@ def test_every_chip_ends_its_step_with_the_others(machine, lanes):
         for event in events if process != LINKS else ():
             key = event["args"]["step"], process
             ends[key] = max(ends[key], event["ts"] + event["dur"])
-    seconds = 1e6 * machine.step(machine.global_batch_size).step_s
+    microseconds = 1e6 * machine.step(machine.global_batch_size).step_s
     assert len(ends) >= 3 * NUM_STEPS
     for (number, _), end in ends.items():
-        assert end == pytest.approx(number * seconds, abs=0.01)
+        assert end == pytest.approx(number * microseconds, abs=0.01)
 
 
 def test_the_links_carry_the_all_reduce_of_every_bucket(machine, lanes):

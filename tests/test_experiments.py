@@ -17,6 +17,7 @@ OVERRIDES = {
     "digits_atlas": ["chip_batch_size=2"],
     "cifar10_atlas": ["data.root={photos}", "chip_batch_size=2", "data.repeat=2"],
     "cifar10_bn_span": ["data.root={photos}", "chip_batch_size=2", "data.repeat=2"],
+    "photos_decoder": ["data.root={photos}/train", "chip_batch_size=2", "data.repeat=2"],
     "imagenet_atlas900": ["data.root={photos}", "global_batch_size=16", "data.image_size=64", "data.repeat=2"],
     "fast_16_epochs": [
         "data.root={photos}",

@@ -15,8 +15,8 @@ from processes import Command, on_loopback, wait_for
 from train.checkpoint_files import list_checkpoints
 
 FOLDER = """
-config.yaml env.json metrics.jsonl tb/measured tb/emulated checkpoints mlperf.log trace.json result.json report.md
-report.json
+config.yaml env.json metrics.jsonl tb/measured tb/emulated tb/page checkpoints mlperf.log trace.json result.json
+report.md report.json
 """.split()
 RESULT = """
 status error experiment top1 target_top1 reached epochs steps measured_s wall_s emulated_s images_per_s chips workers

@@ -3,6 +3,7 @@
 import pytest
 
 from train.sim.clock import EmulatedClock
+from train.sim.course import Course
 from train.sim.faults import Condition, DeadChip, FlippedBit, LostHost, SlowChip, SlowLink
 from train.sim.step import StepTime
 from train.sim.timeline import Pace, Timeline
@@ -23,11 +24,11 @@ PACE = Pace(
 )
 
 
-def price(state: Condition) -> StepTime:
+def price(state: Condition) -> Course:
     """A slow chip is waited for, a slow link multiplies communication, a lost chip saves 1/32 s of it."""
     factor = max((factor for _, factor in state.links), default=1)
     exposed_s = 0.5 * factor - state.lost / 32
-    return StepTime(2.0, exposed_s, max(0.25, (state.slowdown - 1) * 2.0), 0.0, 0.25)
+    return Course.of(StepTime(2.0, exposed_s, max(0.25, (state.slowdown - 1) * 2.0), 0.0, 0.25))
 
 
 def toll(*faults, steps: int = 40) -> Toll:
@@ -72,7 +73,7 @@ def test_the_runs_own_checkpoints_count_where_the_fault_names_none():
 
 def test_a_smaller_mesh_repeats_one_step_and_goes_on_at_its_own_pace():
     lost = toll(LostHost(host=1, at_steps=11, recovery="shrink", detect_s=7, restart_s=11))
-    assert lost.step(10) == SOUND and lost.step(12) == price(Condition(lost=8)) and lost.step(12).step_s == 2.75
+    assert lost.step(10) == SOUND and lost.step(12) == price(Condition(lost=8)).at(1) and lost.step(12).step_s == 2.75
     assert lost.recovery_s(40) == 18 + 2.75
     assert lost.cost_s(40) == pytest.approx(18 + 2.75 - 30 * 0.25)
     assert lost.values(12) == {
@@ -107,3 +108,18 @@ def test_a_clock_that_is_resumed_stands_where_it_stood():
     resumed = EmulatedClock(SOUND, 10.0, 3.0, toll(*faults))
     resumed.load_state_dict(clock.state_dict())
     assert resumed.seconds == clock.seconds and resumed.fault_values() == clock.fault_values()
+
+
+def test_a_fault_costs_more_where_the_images_are_larger():
+    """From step 11 on every step computes 2 s longer; a chip half as fast is waited for in proportion."""
+
+    def by_size(state: Condition) -> Course:
+        wait_s = (state.slowdown - 1) * 2.0
+        return Course(((1, StepTime(2.0, 0.0, wait_s, 0.0, 0.0)), (11, StepTime(4.0, 0.0, 2 * wait_s, 0.0, 0.0))))
+
+    slow = Toll(Timeline([SlowChip(2, at_steps=9, for_steps=4)], PACE, 40), by_size)
+    assert [slow.step(step).step_s for step in (8, 9, 10, 11, 12, 13)] == [2, 4, 4, 8, 8, 4]
+    assert slow.train_s(40) == 10 * 2 + 30 * 4 + 2 * 2 + 2 * 4 and slow.cost_s(40) == 2 * 2 + 2 * 4
+    assert slow.parts(12) == StepTime(10 * 2 + 2 * 4, 0.0, 2 * 2 + 2 * 4, 0.0, 0.0)
+    dead = Toll(Timeline([DeadChip(at_steps=13, detect_s=7, restart_s=11)], PACE, 40), by_size)
+    assert dead.step(13).recovery_s == 18 + 10 * 2 + 3 * 4  # all steps again, each at its own size

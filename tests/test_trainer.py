@@ -1,7 +1,6 @@
 """The training loop, in one process and in two: the same bits however it is cut into workers, stops and resumes."""
 
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,9 +47,7 @@ def in_two(rank: int, world_size: int, store, folder: Path) -> list[dict]:
         context = WorkerContext(rank=rank, world_size=world_size, store=PrefixStore(name, store))
         return run_worker(tiny(*overrides), context, folder / name)
 
-    results = [run("sgd", "checkpoint_steps=2"), run("lars", *LARS_BF16)]
-    assert "torch._dynamo" not in sys.modules, "torch's compiler is nothing that a worker's start has to wait for"
-    return results
+    return [run("sgd", "checkpoint_steps=2"), run("lars", *LARS_BF16)]
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +100,21 @@ def test_two_workers_train_the_same_bits_as_one(whole, two_workers):
         assert values(folder / "sgd", "step", tag) == values(whole[0], "step", tag)
     for tag in ("eval/top1", "eval/loss"):
         assert values(folder / "sgd", "eval", tag) == values(whole[0], "eval", tag)
+
+
+def test_the_chips_spread_is_that_of_all_chips_whoever_holds_them(whole, two_workers):
+    """Of the chips' variances as the checkpoint of that step has them, from written-out formulas."""
+    folder, _ = two_workers
+    for tag in sorted(tag for tag in rows(folder / "sgd", "eval")[0]["values"] if tag.startswith("chips/")):
+        assert values(folder / "sgd", "eval", tag) == pytest.approx(values(whole[0], "eval", tag), rel=1e-5)
+    state = checkpoint.load(list_checkpoints(folder / "sgd" / "checkpoints")[-1])
+    widths = [len(tensor) for name, tensor in state["model"].items() if name.endswith("running_var")]
+    moments = state["chip_moments"].split([width for width in widths for _ in ("mean", "var")], dim=1)
+    offs = [(var - var.mean(0)).norm(dim=1) / var.mean(0).norm() for var in moments[1::2]]
+    off = torch.stack(offs).mean(0)
+    assert len(off) == 24  # 3 hosts of 8
+    for which, expected in (("min", off.min()), ("median", off.quantile(0.5)), ("max", off.max())):
+        assert values(whole[0], "eval", f"chips/bn_var_off_{which}")[-1] == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_two_workers_train_the_same_bits_as_one_in_bfloat16_with_lars(two_workers, tmp_path):
@@ -218,8 +230,7 @@ def test_a_step_is_that_of_the_mean_over_chips_of_each_chips_mean_loss(monkeypat
     reference = Worker(tiny("data.image_size=16", "model.zero_init_last_gamma=false"), WorkerContext())
     given = []
     parameters = list(worker.model.parameters())
-    step = worker.optimizer.step
-    worker.optimizer.step = lambda: (given.extend(p.grad.clone() for p in parameters), step())
+    monkeypatch.setattr(worker.optimizer, "step", lambda: given.extend(p.grad.clone() for p in parameters))
     worker.trainer.train([], lambda progress: None)
     model = reference.model
     for chip in range(24):

@@ -127,7 +127,7 @@ def test_picture_and_tensorboard_page(folder):
 def test_writing_again_leaves_one_page(found, folder):
     from train.tensorboard import write_page
 
-    write_page(folder / "tb", "verdict", "again", folder / "verdict.png")
+    write_page(folder / "tb", {"verdict": "again"}, {"verdict/picture": folder / "verdict.png"})
     assert len(list((folder / "tb").iterdir())) == 1
 
 

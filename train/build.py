@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from train import checkpoint, emulator, emulator_faults
+from train import checkpoint, emulator, emulator_faults, emulator_recipe
 from train.account import RunInfo, identity, result
 from train.callbacks import (
     Callback,
@@ -36,7 +36,7 @@ from train.memory import keep_freed_memory
 from train.mesh.blocks import blocks
 from train.metrics import Sink, open_sinks, read_rows
 from train.models.chip_norm import allocate_chips
-from train.models.passes import check_batch_norm, images_per_pass, moments_of, plan_passes
+from train.models.passes import check_batch_norm, images_per_pass, largest, moments_of, plan_passes
 from train.optim.update import WeightUpdate
 from train.precision import choose_device, choose_loss_scale, choose_precision, gradient_dtypes, use_arithmetic
 from train.progress import Limits, Progress, StepRecord, Wish
@@ -75,7 +75,7 @@ class Worker:
         self.precision = choose_precision(config["precision"], self.device)
         use_arithmetic(self.device, self.precision, config["numerics"] == "exact")
         self.source = emulator.make(config["data"])
-        emulator.check_training(config)
+        emulator_recipe.check_training(config)
         self.emulator = emulator.build(
             config,
             num_train=len(self.source.train),
@@ -87,7 +87,7 @@ class Worker:
         self.chip_batch_size = chip_batch_size(config, mesh.num_chips)
         share = self.chip_batch_size
         self.order = Order(len(self.source.train), share, mesh.num_chips, config["seed"], config["last_batch"])
-        check_batch_norm(config, self.emulator.workload, self.chip_batch_size)
+        check_batch_norm(config, self.emulator.sizes, self.chip_batch_size)
         shares = None if context.rank is None else self.blocks.shares(context.world_size)
         self.bank = Bank()
         self.joined: Joined | None = None
@@ -136,7 +136,7 @@ class Worker:
             bn_rule=config["bn_rule"],
             chips_per_block=self.blocks.chips,
             clock=EmulatedClock(
-                self.emulator.step(self.order.global_batch_size),
+                self.emulator.course(),
                 self.emulator.eval_s(len(self.source.eval)),
                 self.emulator.startup_s,
                 toll,
@@ -167,7 +167,7 @@ class Worker:
         config, shares = self.config, membership.shares
         self.membership, self.group = membership, group or self._connect(membership)
         mine = self._chips(membership.rank)
-        images = images_per_pass(self.emulator.workload, self.precision, self.device)
+        images = images_per_pass(largest(self.emulator.sizes), self.precision, self.device)
         in_passes = config | ({"chips_per_pass": 1} if config["gradient_sum"] == "plan" else {})
         self.passes = plan_passes(in_passes, self.blocks.chips, mine, images // self.chip_batch_size)
         allocate_chips(self.model, len(mine), config["bn_span"])
@@ -315,7 +315,7 @@ class Worker:
         self._sinks = open_sinks(run_dir, self.config, resumed_step=step, claim=claim)
         written = {(row["kind"], row["step"]) for row in read_rows(run_dir)}
         self._callbacks += [FenceCallback(attempt), self.progress_callback]
-        for writes in (MetricsCallback(self._sinks), MLPerfCallback(), TraceCallback()):
+        for writes in (MetricsCallback(self._sinks), MLPerfCallback(), TraceCallback(self.emulator)):
             self._callbacks.append(OutlastsFullDisk(writes, self.notes.append))
         run = RunInfo(self, run_dir, step)
         for callback in self._callbacks:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from train import mlperf_log, trace
+from train import emulator_trace, mlperf_log, trace
 from train.checkpoint_files import check_fence
+from train.emulator import Emulator
 from train.metrics import Sink, eval_row, read_rows, step_row, write_aside
 
 
@@ -186,7 +187,13 @@ class MLPerfCallback(Callback):
 
 
 class TraceCallback(Callback):
-    """Writes trace.json at the end, from the first and the last steps, those that recover, and every evaluation."""
+    """Writes trace.json at the end, from the first and the last steps, those that recover, and every evaluation.
+
+    `machine`: the emulated one, whose steps are then drawn with their links.
+    """
+
+    def __init__(self, machine: Emulator | None = None) -> None:
+        self._machine = machine
 
     def on_start(self, run) -> None:
         self._run = run
@@ -205,7 +212,8 @@ class TraceCallback(Callback):
 
     def on_end(self, result: dict) -> None:
         steps = [*self._first, *self._recoveries, *self._last]
-        text = trace.dumps(steps, self._evals, self._run.config.get("experiment", "run"))
+        drawing = self._machine and emulator_trace.drawing(self._machine)
+        text = trace.dumps(steps, self._evals, self._run.config.get("experiment", "run"), drawing)
         write_aside(Path(self._run.run_dir) / "trace.json", text)
 
     def _keep(self, row: dict) -> None:

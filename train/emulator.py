@@ -13,13 +13,13 @@ from train.mesh.blocks import hosts_per_block
 from train.mesh.chip import Chip
 from train.mesh.mesh import Mesh
 from train.mesh.origin import Origin
-from train.sim import convergence
 from train.sim import workload as workloads
 from train.sim.calibration import Calibration
 from train.sim.convergence import Epochs
+from train.sim.course import Course
 from train.sim.faults import Condition, Fault, condition, each, slowed
 from train.sim.network import AlphaBeta
-from train.sim.run import INTERVAL, RunTime, quantile, run_time
+from train.sim.run import INTERVAL, RunTime, epoch_grid, quantile, run_time
 from train.sim.step import WIRE_BYTES, Bucket, StepTime, buckets, norm_messages, step_time, update_bytes
 from train.sim.straggler import expected_max
 from train.sim.workload import Workload
@@ -60,17 +60,21 @@ class Emulator:
         seed: int = 0,
         checkpoint_steps: int | None = None,
         last_batch: str = "drop",
+        sizes: Sequence[tuple[int, Workload]] = (),
+        eval_workload: Workload | None = None,
     ):
         if wire_dtype not in WIRE_BYTES:
             raise ValueError(f"wire_dtype={wire_dtype}: use one of {', '.join(WIRE_BYTES)}")
         self.faults, self.seed, self.checkpoint_steps, self.last_batch = faults, seed, checkpoint_steps, last_batch
         slowed(mesh, [fault.slow_link for fault in faults if fault.slow_link])  # links that it has not are told at once
         self.standing = condition([fault for fault in faults if fault.stands])
-        self.prices: dict[Condition, StepTime] = {}
+        self.prices: dict[Condition, Course] = {}
         self.sound_mesh = mesh
         self.mesh = mesh = slowed(mesh, self.standing.links)
         self.chip = chip
         self.workload = workload
+        self.sizes = tuple(sizes) or ((0, workload),)  # from which epoch on the training images are as in which table
+        self.eval_workload = eval_workload or workload
         self.network = network
         self.global_batch_size = global_batch_size
         self.wire_dtype = wire_dtype
@@ -145,9 +149,10 @@ class Emulator:
         extra = max(0, needed - update_bytes(inside, self._reference.parameters))
         return extra / self.chip.hbm_bytes_per_s if self.chip.hbm_bytes_per_s else 0.0
 
-    def compute_s(self, images_per_chip: float) -> float:
+    def compute_s(self, images_per_chip: float, workload: Workload | None = None) -> float:
         """One chip's training step in the software of the run, without the wait that the published rate holds."""
-        published = self.chip.seconds(images_per_chip, self.work, self.precision, self.calibration.half_batch)
+        work = workload.training_flops / self._reference.training_flops if workload else self.work
+        published = self.chip.seconds(images_per_chip, work, self.precision, self.calibration.half_batch)
         wait = self.jitter * self.expected_max(self.chip.measured_on(self.precision))
         return published * self.software_factor / (1 + wait)
 
@@ -155,41 +160,55 @@ class Emulator:
         """Of the chips' step times, in standard deviations above their mean."""
         return expected_max(self.calibration.straggler, chips)
 
-    def wait_s(self, images_per_chip: float, chips: int) -> float:
+    def wait_s(self, images_per_chip: float, chips: int, workload: Workload | None = None) -> float:
         """How much later than the mean chip the slowest of `chips` ends its compute, where nothing is broken."""
-        return self.jitter * self.compute_s(images_per_chip) * self.expected_max(chips)
+        return self.jitter * self.compute_s(images_per_chip, workload) * self.expected_max(chips)
 
     @property
     def buckets(self) -> list[Bucket]:
         """Of the gradients, as they are summed: by the emulated chips, and by the real workers."""
         return buckets(self.workload, self.chip.bucket_ends)
 
-    def step(self, global_batch_size: int) -> StepTime:
-        """One step; the fullest chip sets the pace, chips without an image stand idle."""
+    def course(self, price: Callable[[Workload], StepTime] | None = None) -> Course:
+        """The steps of the run, whose images may change their size; `price` of one with such images."""
+        price = price or (lambda workload: self.step(self.global_batch_size, workload))
+        first_steps = [first * self.steps_per_epoch + 1 for first, _ in self.sizes]
+        return Course(tuple(zip(first_steps, (price(workload) for _, workload in self.sizes), strict=True)))
+
+    def mean_step(self) -> StepTime:
+        """Over the steps of the median run."""
+        return self.course().mean(math.ceil(epoch_grid(self.epochs)[0] * self.steps_per_epoch - 1e-9))
+
+    def step(self, global_batch_size: int, workload: Workload | None = None) -> StepTime:
+        """One step with images as in `workload` (None: of data.image_size).
+
+        The fullest chip sets the pace, chips without an image stand idle.
+        """
         if global_batch_size < 1:
             raise ValueError(f"global_batch_size={global_batch_size} must be at least 1")
         active = min(self.mesh.num_chips, global_batch_size)
-        return self._step(math.ceil(global_batch_size / self.mesh.num_chips), active)
+        images = math.ceil(global_batch_size / self.mesh.num_chips)
+        return step_time(**self.step_inputs(images, active, self.standing.slowdown, workload))
 
-    def _step(self, images_per_chip: int, active_chips: int) -> StepTime:
-        return step_time(**self.step_inputs(images_per_chip, active_chips, self.standing.slowdown))
-
-    def step_inputs(self, images_per_chip: int, active_chips: int, slowdown: float = 1.0) -> dict:
+    def step_inputs(
+        self, images_per_chip: int, active_chips: int, slowdown: float = 1.0, workload: Workload | None = None
+    ) -> dict:
         """What `train.sim.step.step_time` is given, where one chip computes `slowdown` times as long as the mean."""
-        compute_s, host_rate = self.compute_s(images_per_chip), self.mesh.host_images_per_s
+        workload = workload or self.workload
+        compute_s, host_rate = self.compute_s(images_per_chip, workload), self.mesh.host_images_per_s
         host_images = images_per_chip * min(self.mesh.chips_per_host, active_chips)
         inside = min(self.chip.measured_on(self.precision), active_chips)
         if self.chip.measured_hosts(self.precision) == 1:
             inside = min(inside, self.mesh.chips_per_host)
         return dict(
             compute_s=compute_s,
-            workload=self.workload,
+            workload=workload,
             bucket_ends=self.chip.bucket_ends,
             wire_bytes=WIRE_BYTES[self.wire_dtype],
             all_reduce_s=lambda nbytes: self._all_reduce_s(active_chips, nbytes),
             num_chips=active_chips,
             inside_s=(lambda nbytes: self._all_reduce_s(inside, nbytes)) if inside > 1 else None,
-            straggler_s=max(self.wait_s(images_per_chip, active_chips), (slowdown - 1) * compute_s),
+            straggler_s=max(self.wait_s(images_per_chip, active_chips, workload), (slowdown - 1) * compute_s),
             overlap=self.calibration.overlap,
             floor_s=self.calibration.launch_floor_s * self.software_factor,
             norm_s=self.norm_s if active_chips == self.active_chips else self._norm_s(active_chips),
@@ -199,11 +218,12 @@ class Emulator:
 
     def eval_s(self, num_images: int) -> float:
         """Forward passes at the training batch, spread over the chips, one sum of the counts, and a fixed cost."""
-        share = self.workload.forward_flops / self.workload.training_flops
+        share = self.eval_workload.forward_flops / self.eval_workload.training_flops
         each = math.ceil(num_images / self.active_chips)
         batch = math.ceil(self.global_batch_size / self.mesh.num_chips)
         full, rest = divmod(each, batch)
-        forward = share * (full * self.compute_s(batch) + (self.compute_s(rest) if rest else 0.0))
+        seconds = full * self.compute_s(batch, self.eval_workload)
+        forward = share * (seconds + (self.compute_s(rest, self.eval_workload) if rest else 0.0))
         return forward + self._all_reduce_s(self.active_chips, 8) + self.calibration.eval_s
 
     @property
@@ -214,7 +234,7 @@ class Emulator:
 
     def run_time(self) -> RunTime:
         return run_time(
-            self.step(self.global_batch_size),
+            self.course(),
             self.eval_s(self.num_eval),
             self.startup_s,
             self.steps_per_epoch,
@@ -231,14 +251,15 @@ class Emulator:
 
     def run(self) -> dict:
         """The object that `launch.emulate format=json` prints; every time in it is emulated."""
-        step, run, told = self.step(self.global_batch_size), self.run_time(), {}
+        step, run, told = self.mean_step(), self.run_time(), {}
         if self.faults:
             run, told["faults"] = emulator_faults.disturbed(self, run)
         rate = self.global_batch_size / step.step_s
         per_chip = rate / self.mesh.num_chips
         images = math.ceil(self.global_batch_size / self.mesh.num_chips)
         of_host = min(self.mesh.chips_per_host, self.active_chips)
-        host_per_chip = images / step_time(**self.step_inputs(images, of_host)).step_s
+        of_one_host = self.course(lambda each: step_time(**self.step_inputs(images, of_host, workload=each)))
+        host_per_chip = images / of_one_host.mean(run.steps).step_s
         return {
             "label": "emulated",
             "time_to_train_s": run.time_to_train_s,
@@ -323,9 +344,8 @@ def build(
             strict=True,
         )
     ]
-    if data.get("train_sizes"):
-        notes.append(f"data.train_sizes: every step and evaluation is priced at data.image_size={data['image_size']}")
     workload = workloads.of_model(model, data["image_size"], model.get("num_classes") or sizes[2])
+    by_epoch, eval_workload = emulator_recipe.sized(config, sizes[2], notes)
     batch = emulator_recipe.global_batch_size(config, mesh.num_chips, notes)
     return Emulator(
         mesh,
@@ -351,38 +371,9 @@ def build(
         seed=config.get("seed", 0),
         checkpoint_steps=config.get("checkpoint_steps"),
         last_batch=config.get("last_batch", "drop"),
+        sizes=by_epoch,
+        eval_workload=eval_workload,
     )
-
-
-def check_training(config: dict) -> None:
-    """ValueError for keys that training can't have (together), though a run of them can be priced."""
-    if config["epochs"] == "auto":
-        batch = config["global_batch_size"] or config["chip_batch_size"] * math.prod(config["mesh"]["axes"].values())
-        mean = convergence.epochs_at(batch).mean
-        raise ValueError(
-            f"epochs=auto only prices a run; to train, give a number (ResNet-50 on ImageNet needs about {mean:.1f} at "
-            f"a global batch of {batch:,}: epochs={math.ceil(mean)})"
-        )
-    rounded = config["gradient_sum"]
-    if rounded == "fp32":
-        return
-    if config["numerics"] == "exact":
-        raise ValueError(
-            f"gradient_sum={rounded}: numerics=exact sums in full precision and refuses compression; use "
-            "numerics=fast, or gradient_sum=fp32"
-        )
-    if config["wire_dtype"] not in WIRE_BYTES:
-        raise ValueError(f"wire_dtype={config['wire_dtype']}: use one of {', '.join(WIRE_BYTES)}")
-    if rounded == "wire":
-        return
-    needed = {
-        "workers": ((1,), "one worker adds up all chips"),
-        "bn_span": ((1,), "every chip is computed by itself"),
-        "chips_per_pass": (("auto", 1), "every chip is computed by itself"),
-    }
-    for key, (possible, why) in needed.items():
-        if config[key] not in possible:
-            raise ValueError(f"{key}={config[key]}: with gradient_sum=plan {why}; set {key}={possible[0]}")
 
 
 def make(node: dict, *args: Any, **kwargs: Any) -> Any:

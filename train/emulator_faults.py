@@ -7,9 +7,10 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from train.sim.course import Course
 from train.sim.faults import Condition, slowed
 from train.sim.run import INTERVAL, Clock, RunTime, epoch_grid, quantile
-from train.sim.step import StepTime, step_time
+from train.sim.step import step_time
 from train.sim.timeline import Pace, Timeline, chance
 from train.sim.toll import Toll
 
@@ -24,13 +25,15 @@ STRIDE = 7
 """Between the seeds of neighbouring numbers of epochs, so that neither follows the other."""
 
 
-def price(made: Emulator, state: Condition) -> StepTime:
-    """One step of the run's batch on the machine in `state`; every chip that is left keeps its own images."""
+def price(made: Emulator, state: Condition) -> Course:
+    """The steps of the run's batch on the machine in `state`; every chip that is left keeps its own images."""
     if state not in made.prices:
         machine = made if state.links == made.standing.links else _on_slow_links(made, state.links)
         images = math.ceil(made.global_batch_size / made.mesh.num_chips)
-        inputs = machine.step_inputs(images, made.active_chips - state.lost, state.slowdown)
-        made.prices[state] = step_time(**inputs)
+        chips = made.active_chips - state.lost
+        made.prices[state] = machine.course(
+            lambda workload: step_time(**machine.step_inputs(images, chips, state.slowdown, workload))
+        )
     return made.prices[state]
 
 
@@ -47,7 +50,7 @@ def timeline(made: Emulator, steps: int, seed: int | None = None) -> Timeline:
         chips=made.active_chips,
         chips_per_host=made.mesh.chips_per_host,
         steps_per_epoch=made.steps_per_epoch,
-        step_s=price(made, Condition()).step_s,
+        step_s=price(made, Condition()).mean(max(1, steps)).step_s,
         startup_s=made.startup_s,
         eval_s=made.eval_s(made.num_eval),
         eval_every=made.eval_every,
@@ -96,7 +99,7 @@ def disturbed(made: Emulator, run: RunTime) -> tuple[RunTime, dict]:
     over the epochs and DRAWS other seeds.
     """
     clock = Clock(
-        step_s=price(made, Condition()).step_s,
+        step_s=price(made, Condition()).seconds,
         eval_s=made.eval_s(made.num_eval),
         startup_s=made.startup_s,
         steps_per_epoch=made.steps_per_epoch,

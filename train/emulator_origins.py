@@ -70,9 +70,9 @@ def moves(made: Emulator, name: str) -> bool:
 
 
 def kind(origin: Origin) -> str:
-    """cited, derived, fitted, assumed or given (by the recipe, the data set or the mesh's file)."""
+    """cited, measured, derived, fitted, assumed or given (by the recipe, the data set or the mesh's file)."""
     word = origin.origin.split()[0].rstrip(":,").lower() if origin.origin else "assumed"
-    return word if word in ("derived", "fitted", "assumed") else "given" if word == "the" else "cited"
+    return word if word in ("measured", "derived", "fitted", "assumed") else "given" if word == "the" else "cited"
 
 
 def _short(link: LinkClass) -> list[Origin]:

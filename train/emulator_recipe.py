@@ -1,7 +1,15 @@
-"""Configuration -> what the emulator reads of a recipe: global batch, optimizer, epochs of the reference points."""
+"""Configuration -> what the emulator reads of a recipe: global batch, optimizer, image sizes, epochs of the references.
+
+And what training refuses of it.
+"""
+
+import math
 
 from train.sim import convergence
+from train.sim import workload as workloads
 from train.sim.convergence import Epochs
+from train.sim.course import checked_sizes
+from train.sim.step import WIRE_BYTES
 from train.sim.workload import Workload
 
 
@@ -29,6 +37,55 @@ def reference_epochs(config: dict, workload: Workload, batch: int, notes: list[s
     if optimizer(config) != "lars":
         notes.append("epochs=auto: the reference points were reached with LARS, the recipe's optimizer is another one")
     return found
+
+
+def sized(config: dict, classes: int, notes: list[str]) -> tuple[list[tuple[int, Workload]], Workload | None]:
+    """(The model's table from each epoch on at which the training images change their size, that of evaluation).
+
+    Empty and None where data.image_size holds throughout. `classes`: of the data.
+    """
+    data, model = config["data"], config["model"]
+    sizes = checked_sizes(data["train_sizes"]) if data.get("train_sizes") else ()
+    eval_size = data.get("eval_size") or data["image_size"]
+    if sizes or eval_size != data["image_size"]:
+        steps = ", ".join(f"at {size} px from epoch {first}" for first, size in sizes) or f"at {data['image_size']} px"
+        notes.append(f"steps are priced {steps}; evaluations at {eval_size} px")
+
+    def table(pixels: int) -> Workload:
+        return workloads.of_model(model, pixels, model.get("num_classes") or classes)
+
+    return [(first, table(size)) for first, size in sizes], table(eval_size) if data.get("eval_size") else None
+
+
+def check_training(config: dict) -> None:
+    """ValueError for keys that training can't have (together), though a run of them can be priced."""
+    if config["epochs"] == "auto":
+        batch = config["global_batch_size"] or config["chip_batch_size"] * math.prod(config["mesh"]["axes"].values())
+        mean = convergence.epochs_at(batch).mean
+        raise ValueError(
+            f"epochs=auto only prices a run; to train, give a number (ResNet-50 on ImageNet needs about {mean:.1f} at "
+            f"a global batch of {batch:,}: epochs={math.ceil(mean)})"
+        )
+    rounded = config["gradient_sum"]
+    if rounded == "fp32":
+        return
+    if config["numerics"] == "exact":
+        raise ValueError(
+            f"gradient_sum={rounded}: numerics=exact sums in full precision and refuses compression; use "
+            "numerics=fast, or gradient_sum=fp32"
+        )
+    if config["wire_dtype"] not in WIRE_BYTES:
+        raise ValueError(f"wire_dtype={config['wire_dtype']}: use one of {', '.join(WIRE_BYTES)}")
+    if rounded == "wire":
+        return
+    needed = {
+        "workers": ((1,), "one worker adds up all chips"),
+        "bn_span": ((1,), "every chip is computed by itself"),
+        "chips_per_pass": (("auto", 1), "every chip is computed by itself"),
+    }
+    for key, (possible, why) in needed.items():
+        if config[key] not in possible:
+            raise ValueError(f"{key}={config[key]}: with gradient_sum=plan {why}; set {key}={possible[0]}")
 
 
 def global_batch_size(config: dict, num_chips: int, notes: list[str]) -> int:

@@ -39,6 +39,8 @@ def step_row(record) -> dict:
         "measured/step_s": record.step_s,
         "measured/data_wait_s": record.data_wait_s,
         "measured/comm_s": record.comm_s,
+        "measured/update_s": record.update_s,
+        "measured/checkpoint_s": record.checkpoint_s or None,
         "emulated/images_per_s": record.images / emulated.step_s if emulated.step_s else None,
         "emulated/step_s": emulated.step_s,
         "emulated/compute_s": emulated.compute_s,
@@ -59,6 +61,7 @@ def eval_row(record) -> dict:
         "eval/loss": record.loss,
         "measured/eval_s": record.seconds,
         "emulated/eval_s": record.emulated_eval_s,
+        **record.chips,
     }
     return _row("eval", record, values)
 

@@ -1,15 +1,20 @@
-"""A published MLPerf result (result_0.txt, lines ':::MLLOG', training v0.7 and later) as rows of a run.
+"""A published MLPerf result (result_0.txt of training v0.6 and later) as rows of a run.
 
-Format: mlcommons/logging (mlperf_logging.mllog). The clock is the log's own: 0 at run_start, as MLPerf's rules time it.
-Every number is what others published; nothing of it was measured or emulated here.
+Format: mlcommons/logging (mlperf_logging.mllog), ':::MLLOG {json}' from v0.7 on, ':::MLL <Unix seconds> <key>: {json}'
+in v0.6, as the published logs have it (mlcommons/training_results_v0.6 to v2.0), which is more than the rules say: some
+write no event_type, several ranks write the same line, and a block's end may stand before or after its evaluation. The
+clock is the log's own: 0 at run_start, as MLPerf's rules time it. Every number is what others published; nothing of it
+was measured or emulated here.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 MARK = ":::MLLOG"
-OLDER = (":::MLPv0.5", ":::MLLv0.5", ":::MLPv0.6")
+V06 = re.compile(r":::MLL (\d+\.?\d*) (\w+): (\{.*)")
+OLDER = (":::MLPv0.5", ":::MLLv0.5")
 BENCHMARKS = ("resnet",)
 
 
@@ -39,11 +44,11 @@ def parse(lines: Iterable[str], sizes: tuple[int, int] = (1_281_167, 50_000)) ->
     """
     events = list(_events(lines))
     if not events:
-        raise ValueError(f"no line starts with {MARK}; give a result_N.txt of MLPerf training v0.7 or later")
+        raise ValueError(f"no line has {MARK}; give a result_N.txt of MLPerf training v0.6 or later")
     settings: dict = {}
     for _, event in events:
-        if event.get("event_type", "").upper() == "POINT_IN_TIME" and event["key"] not in ("eval_accuracy",):
-            settings.setdefault(event["key"], event.get("value"))
+        if event.get("value") is not None and event["key"] != "eval_accuracy":
+            settings.setdefault(event["key"], event["value"])
     if settings.get("submission_benchmark", "resnet") not in BENCHMARKS:
         raise ValueError(f"submission_benchmark={settings['submission_benchmark']!r}: only resnet can be imported")
     start, (_, stop) = _first(events, "run_start")[1]["time_ms"], _first(events, "run_stop")
@@ -72,12 +77,16 @@ def _events(lines: Iterable[str]) -> Iterable[tuple[int, dict]]:
     """(line number, event); what a launcher wrote before the mark, such as a rank, is passed over."""
     for number, line in enumerate(lines, 1):
         if any(mark in line for mark in OLDER):
-            raise ValueError(f"line {number}: the format of MLPerf training v0.5 or v0.6; v0.7 and later can be read")
+            raise ValueError(f"line {number}: the format of MLPerf training v0.5; v0.6 and later can be read")
         _, mark, text = line.partition(MARK)
-        if not mark:
+        older = V06.search(line)
+        if not (mark or older):
             continue
         try:
-            event = json.loads(text)
+            if older:
+                event = json.loads(older[3]) | {"time_ms": 1000 * float(older[1]), "key": older[2]}
+            else:
+                event = json.loads(text)
             event["key"], event["time_ms"] / 1
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"line {number}: {MARK} is not followed by an event with key and time_ms") from None

@@ -32,6 +32,8 @@ class StepRecord:
     loss_scale: float | None = None  # of this step; None where none is applied
     skipped_steps: int | None = None  # so far, this one included
     faults: dict[str, float] = field(default_factory=dict)  # tag -> number so far, of an emulated machine with faults
+    update_s: float = 0.0  # of step_s
+    checkpoint_s: float = 0.0  # how long the checkpoint before this step held the training up
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class EvalRecord:
     emulated_eval_s: float
     measured_s: float
     emulated_s: float
+    chips: dict[str, float] = field(default_factory=dict)
+    """Tag -> number: how far the chips are apart."""
 
 
 @dataclass(frozen=True)

@@ -163,10 +163,10 @@ def _images(result: dict) -> int:
 def _markdown(
     data: dict, result: dict, claim: Record | None, neighbours: list[Record], differing: list[Condition]
 ) -> str:
-    lines = [f"# Run {data['run']}", "", *_wrap(_outcome(data, result)), ""]
+    lines = [f"# Run {data['run']}", "", *_wrap(outcome(data, result)), ""]
     if data["error"]:
         lines += [*_wrap(f"Error: {data['error']}"), ""]
-    lines += [*_table(data), ""]
+    lines += [*side_by_side(data), ""]
     lines += _wrap(
         "Rates are over the whole clock, evaluations included. The emulated clock is a model's; accuracy is not: "
         f"it was computed here, by {as_count(result.get('workers'))} workers on {result.get('device') or 'unknown'}."
@@ -204,7 +204,7 @@ def _markdown(
     return "\n".join(lines) + "\n"
 
 
-def _outcome(data: dict, result: dict) -> str:
+def outcome(data: dict, result: dict) -> str:
     top1, target = as_percent(result.get("top1")), as_percent(result.get("target_top1"))
     where = f"after {as_number(result.get('epochs'))} epochs ({as_count(result.get('steps'))} steps)"
     if data["reached"]:
@@ -230,7 +230,8 @@ def _loss(loss: dict) -> str:
     return f"{text}: training went on {again}, from step {loss['step']}: {source}"
 
 
-def _table(data: dict) -> list[str]:
+def side_by_side(data: dict) -> list[str]:
+    """Claimed, emulated and measured as a table in Markdown, a line a row, of a report's data."""
     claimed, emulated, measured = data["claimed"], data["emulated"], data["measured"]
     missed = "not reached" if not data["reached"] else None
     batch = "global_batch_size"

@@ -12,6 +12,8 @@ from train.sim.step import StepTime
 
 CLOCKS = ("emulated", "published")
 """Which clock a run's rows were on: a training run's emulated one, or that of a published log."""
+COMPUTED = ("train", "eval", "chips")
+"""Groups of tags that have nothing to do with a clock."""
 
 
 def own_clock(row: dict) -> str:
@@ -32,7 +34,7 @@ def retime(rows: Iterable[dict], made: Emulator) -> list[dict]:
     eval_s, evals, found = made.eval_s(made.num_eval), 0, []
     for row in rows:
         evals += row["kind"] == "eval"
-        computed = {tag: value for tag, value in row["values"].items() if tag.partition("/")[0] in ("train", "eval")}
+        computed = {tag: value for tag, value in row["values"].items() if tag.partition("/")[0] in COMPUTED}
         timed = _of_step(toll.step(row["step"]), made) if row["kind"] == "step" else {"emulated/eval_s": eval_s}
         seconds = made.startup_s + toll.train_s(row["step"]) + evals * eval_s
         found.append(

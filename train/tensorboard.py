@@ -4,7 +4,7 @@
 runs on the emulated cluster's time. That axis prints hours; the tags of the group `clock/` therefore have the
 milliseconds of their own clock as step. Every event has an explicit wall time, for which tensorboard's event writer
 is used directly; values are float32. TensorBoard shows 1,000 points of a tag unless started with --samples_per_plugin
-scalars=0; metrics.jsonl has all.
+scalars=1000000 (with 0, which its help calls all, the custom charts stay empty); metrics.jsonl has all.
 """
 
 import json
@@ -28,24 +28,44 @@ CLOCK_TAGS = {
 # only in tb/emulated, so that a chart can show the emulated curve and its target lines on their own scale
 EMULATED_TAG, TARGET_TAG, CLAIM_TARGET_TAG = "clock/emulated_top1", "clock/target_top1", "clock/claim_target_top1"
 
-# category -> chart -> tags
+# Lines of one run share a colour, so each part of a step is a run of its own, a folder in its clock's, and the list of
+# runs is the legend. Clock -> part -> value of a row in seconds; the tag is step/<clock>_ms, as that of the whole step.
+# A part that is never above 0 has no run.
+PARTS = {
+    "emulated": {
+        "compute": "emulated/compute_s",
+        "exposed_communication": "emulated/exposed_comm_s",
+        "waiting_for_slowest_chip": "emulated/straggler_s",
+        "input": "emulated/input_s",
+        "other": "emulated/other_s",
+        "recovery": "emulated/recovery_s",
+    },
+    "measured": {"waiting_for_data": "measured/data_wait_s", "communication": "measured/comm_s"},
+}
+
+# category -> chart -> tags; of a chart with min, median and max: (lower, value, upper)
 LAYOUT = {
-    "Time to accuracy": {
-        "top-1 over ms: emulated, measured, published": ["clock/eval_top1"],
+    "One minute": {
+        "top-1 over ms: emulated, measured, claimed": ["clock/eval_top1"],
         "top-1 over emulated ms, with the targets": [EMULATED_TAG, TARGET_TAG, CLAIM_TARGET_TAG],
-        "loss over ms: emulated, measured": ["clock/train_loss"],
-    },
-    "Emulated step": {
-        "seconds of an emulated step": [
-            f"emulated/{part}_s" for part in ("step", "compute", "exposed_comm", "straggler", "input", "other")
+        "ms of an emulated step and its parts": ["step/emulated_ms"],
+        "ms of a step measured here and its waits": ["step/measured_ms"],
+        "chips' BN means: min, median, max (std.)": [
+            tuple(f"chips/bn_mean_shift_{which}" for which in ("min", "median", "max"))
         ],
-        "emulated images/s": ["emulated/images_per_s"],
+        "chips' BN variances: min, median, max": [
+            tuple(f"chips/bn_var_off_{which}" for which in ("min", "median", "max"))
+        ],
     },
-    "Measured step": {
-        "seconds of a step here": ["measured/step_s", "measured/data_wait_s", "measured/comm_s"],
-        "measured images/s": ["measured/images_per_s"],
+    "Training": {
+        "loss over ms: emulated, measured": ["clock/train_loss"],
+        "learning rate": ["train/learning_rate"],
+        "gradient norm": ["train/grad_norm"],
     },
-    "Training": {"learning rate": ["train/learning_rate"], "gradient norm": ["train/grad_norm"]},
+    "Throughput, images/s": {
+        "emulated": ["emulated/images_per_s"],
+        "measured": ["measured/images_per_s"],
+    },
 }
 # keys of the configuration that the table of runs leaves out, and its metrics -> tag
 NOT_HPARAMS = {"run_root", "run", "resume", "format", "explain", "out", "trace", "action", "job", "hang_timeout_s"}
@@ -69,8 +89,10 @@ class TensorBoardSink:
         run_dir, config = Path(run_dir), config or {}
         self._clocks = {clock: started_at_wall if clock == "measured" else float(EPOCH) for clock in clocks}
         self._home = clocks[-1]
-        self._writers = {clock: _writer(run_dir / "tb" / clock) for clock in self._clocks}
+        self._folder = run_dir / "tb"
+        self._writers = {clock: _writer(self._folder / clock) for clock in self._clocks}
         self._seconds = dict.fromkeys(self._clocks, 0.0)
+        self._held: dict[str, tuple[tuple, bool]] = {}  # part -> its latest point, and whether it is written
         self._lines = {TARGET_TAG: config.get("target_top1")}
         if claim is not None and claim.target_top1:
             self._lines[CLAIM_TARGET_TAG] = claim.target_top1 / 100  # records are in percent
@@ -84,13 +106,16 @@ class TensorBoardSink:
         self.flush()
 
     def log(self, row: dict) -> None:
+        if row["kind"] == "eval":
+            self._end_stretches()
         for clock in self._clocks:
             self._seconds[clock] = row[f"{clock}_s"]
-            values = [_scalar(tag, value) for tag, value in row["values"].items()]
+            values = [_scalar(tag, value) for tag, value in row["values"].items() if self._has(clock, tag)]
             timed = {tag.format(clock=clock): on_clock for tag, on_clock in CLOCK_TAGS.items()}
             on_clock = [_scalar(timed[tag], value) for tag, value in row["values"].items() if tag in timed]
             if row["kind"] == "step":
                 on_clock.append(_scalar("clock/epoch", row["epoch"]))
+                values += self._parts(clock, row)
             else:
                 values += [_scalar(f"result/{name}_s", row[f"{name}_s"]) for name in self._clocks]
                 if clock == "emulated":
@@ -111,11 +136,48 @@ class TensorBoardSink:
             end_time_secs=self._clocks.get("measured", 0.0) + self._seconds.get("measured", 0.0),
         )
         self._add(self._home, 0, [_hparams_value("_hparams_/session_end_info", session_end_info=end)])
+        self._end_stretches()
         for writer in self._writers.values():
             writer.close()
 
+    def _has(self, clock: str, tag: str) -> bool:
+        """What was computed of the chips belongs to the clock that ran meanwhile, where the run has it."""
+        return not tag.startswith("chips/") or clock == next(iter(self._clocks))
+
+    def _parts(self, clock: str, row: dict) -> list:
+        """Writes the parts of a step to their runs; returns what the whole step's run gets."""
+        tag = f"step/{clock}_ms"
+        for part, source in PARTS.get(clock, {}).items():
+            seconds, name = row["values"].get(source, 0.0), f"{clock}/{part}"
+            if seconds and name not in self._writers:
+                self._writers[name] = _writer(self._folder / name)
+            if name in self._writers:
+                self._part(name, (self._wall(clock), row["step"], [_scalar(tag, 1000 * seconds)]))
+        whole = row["values"].get(f"{clock}/step_s")
+        return [] if whole is None else [_scalar(tag, 1000 * whole)]
+
+    def _part(self, name: str, point: tuple) -> None:
+        """A level stretch is its two ends: the writer takes its time for every event."""
+        held, written = self._held.get(name, (None, True))
+        level = held is not None and held[2] == point[2]
+        if not level:
+            if not written:
+                _add(self._writers[name], *held)
+            _add(self._writers[name], *point)
+        self._held[name] = point, not level
+
+    def _end_stretches(self) -> None:
+        """So that a level line is seen up to here."""
+        for name, (point, written) in self._held.items():
+            if not written:
+                _add(self._writers[name], *point)
+                self._held[name] = point, True
+
+    def _wall(self, clock: str) -> float:
+        return self._clocks[clock] + self._seconds[clock]
+
     def _add(self, clock: str, step: int, values: list) -> None:
-        _add(self._writers[clock], self._clocks[clock] + self._seconds[clock], step, values)
+        _add(self._writers[clock], self._wall(clock), step, values)
 
 
 def write_reference_runs(run_root: str | Path, records: list) -> None:
@@ -147,16 +209,14 @@ def write_reference_runs(run_root: str | Path, records: list) -> None:
             shutil.rmtree(aside)
 
 
-def write_page(folder: str | Path, tag: str, text: str, png: str | Path) -> None:
-    """One page in a folder of its own, in place of what is there: a text (Markdown) and a picture, at step 0."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    folder, picture = Path(folder), Path(png).read_bytes()
-    width, height = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))  # of a PNG's first chunk
-    image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=picture)
+def write_page(folder: str | Path, texts: dict[str, str], pictures: dict[str, Path]) -> None:
+    """One page in a folder of its own, in place of what is there: tag -> text (Markdown), tag -> PNG, at step 0."""
+    folder = Path(folder)
+    values = [_text(tag, text) for tag, text in texts.items()]
+    values += [_image(tag, Path(picture).read_bytes()) for tag, picture in pictures.items()]
     shutil.rmtree(folder, ignore_errors=True)
     writer = _writer(folder)
-    _add(writer, EPOCH, 0, [_text(tag, text), Summary.Value(tag=f"{tag}/picture", image=image)])
+    _add(writer, EPOCH, 0, values)
     writer.close()
 
 
@@ -212,23 +272,32 @@ def _text(tag: str, text: str):
     return _bytes(f"{tag}/text_summary", "text", TextPluginData(version=0).SerializeToString(), text.encode(), (1,))
 
 
+def _image(tag: str, png: bytes):
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # of a PNG's first chunk
+    image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+    return Summary.Value(tag=tag, image=image)
+
+
 def _layout():
-    from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Chart, Layout, MultilineChartContent
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Layout
 
     categories = [
-        Category(
-            title=title,
-            chart=[
-                Chart(
-                    title=name, multiline=MultilineChartContent(tag=[f"{tag}$" for tag in tags])
-                )  # regular expressions
-                for name, tags in charts.items()
-            ],
-        )
+        Category(title=title, chart=[_chart(name, tags) for name, tags in charts.items()])
         for title, charts in LAYOUT.items()
     ]
     layout = Layout(category=categories).SerializeToString()
     return _bytes("custom_scalars__config__", "custom_scalars", b"", layout, ())
+
+
+def _chart(name: str, tags: list):
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Chart, MarginChartContent, MultilineChartContent
+
+    if isinstance(tags[0], tuple):
+        series = [MarginChartContent.Series(lower=lower, value=value, upper=upper) for lower, value, upper in tags]
+        return Chart(title=name, margin=MarginChartContent(series=series))
+    return Chart(title=name, multiline=MultilineChartContent(tag=[f"{tag}$" for tag in tags]))  # regular expressions
 
 
 def _hparams_value(tag: str, **content):

@@ -1,19 +1,24 @@
 """A run as a trace in Chrome's event format (opens in Perfetto): the emulated machine's lanes and this machine's.
 
-Format: "Trace Event Format", complete events (ph X, microseconds) and name metadata (ph M). Only the first and the
-last NUM_STEPS steps, those with a recovery from a fault, and the evaluations are drawn. Durations are those of the
-rows; inside a step the order of the parts is schematic.
+Format: "Trace Event Format", complete events (ph X, microseconds) and name metadata (ph M). Perfetto takes the events
+of a lane for calls of one thread: they may nest, but not overlap in part (its docs/reference/synthetic-track-event).
+Only the first and the last NUM_STEPS steps, those with a recovery from a fault, and the evaluations are drawn.
+Durations are those of the rows. An emulated step that costs what the machine's own does is drawn as the emulator has
+it, with its links; inside any other, and inside a measured one, the order of the parts is schematic.
 """
 
 import json
+import math
+from dataclasses import dataclass, field, fields, replace
 
 from train.metrics import finite
+from train.sim.step import StepTime
 
 NUM_STEPS = 20
 MAX_RECOVERIES = 100  # the first ones
 MAX_EVALS = 500  # the last ones, so that the file stays under 2 MB
 
-EMULATED, MEASURED = 1, 2  # process ids
+EMULATED, MEASURED, LINKS = 1, 2, 3  # process ids
 # emulated lanes in the order the parts of a step are drawn: value of the row -> lane
 EMULATED_LANES = {
     "emulated/input_s": "input",
@@ -27,30 +32,64 @@ EMULATED_LANES = {
 MEASURED_LANES = {
     "measured/step_s": "step",
     "measured/data_wait_s": "waiting for data",
-    "measured/comm_s": "communication",
+    "compute": "compute",
+    "measured/comm_s": "waiting for the all-reduce",
+    "measured/update_s": "update",
     "measured/eval_s": "evaluation",
+    "measured/checkpoint_s": "checkpoint",
 }
 
 
-def events(steps: list[dict], evals: list[dict], name: str) -> list[dict]:
-    """Trace events of rows of kind step and eval."""
+@dataclass(frozen=True)
+class Part:
+    """Something that a lane does, from `begin_s` after the begin of the step on."""
+
+    lane: str
+    """Its key."""
+    begin_s: float
+    seconds: float
+    name: str = ""
+    args: dict = field(default_factory=dict)
+
+    def event(self, process: int, lanes: dict[str, str], step_begin_s: float, args: dict) -> dict:
+        return event(process, lanes, self.lane, step_begin_s + self.begin_s, self.seconds, args | self.args, self.name)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A step of an emulated machine as it goes on: see train/emulator_trace."""
+
+    step: StepTime
+    chip_lanes: dict[str, str]
+    chip: list[Part]
+    """Of the mean chip; the keys of its lanes are those of StepTime."""
+    title: str
+    """Of the links."""
+    link_lanes: dict[str, str]
+    links: list[Part]
+
+    def links_within_the_step(self) -> list[Part]:
+        """Cut where the step ends: an all-reduce that the chip's rate holds already may outlast it (emulator_trace)."""
+        end_s = self.step.step_s
+        early = [part for part in self.links if part.begin_s < end_s]
+        return [replace(part, seconds=min(part.seconds, end_s - part.begin_s)) for part in early]
+
+    def shows(self, values: dict) -> bool:
+        """Whether a row's step is this one: a fault may change its price, an epoch's last step be smaller."""
+        return all(
+            math.isclose(values.get(f"emulated/{part.name}", 0.0), getattr(self.step, part.name), abs_tol=1e-12)
+            for part in fields(StepTime)
+        )
+
+
+def events(steps: list[dict], evals: list[dict], name: str, drawing: Drawing | None = None) -> list[dict]:
+    """Trace events of rows of kind step and eval; without `drawing` the links are left out."""
     found = process_names(EMULATED, f"{name}: emulated machine, emulated clock", EMULATED_LANES)
     found += process_names(MEASURED, f"{name}: this machine, measured clock", MEASURED_LANES)
+    if drawing:
+        found += process_names(LINKS, f"{drawing.title}, emulated clock", drawing.link_lanes)
     for row in steps:
-        args = {"step": row["step"], "epoch": row["epoch"]}
-        values = row["values"]
-        begin = row["emulated_s"] - values["emulated/step_s"]
-        for key in EMULATED_LANES:
-            if values.get(key):
-                found.append(event(EMULATED, EMULATED_LANES, key, begin, values[key], args))
-                begin += values[key]
-        end, step_s = row["measured_s"], values["measured/step_s"]
-        args = {**args, "loss": values.get("train/loss"), "top1": values.get("train/top1")}
-        found.append(event(MEASURED, MEASURED_LANES, "measured/step_s", end - step_s, step_s, args))
-        if wait := min(values.get("measured/data_wait_s") or 0.0, step_s):
-            found.append(event(MEASURED, MEASURED_LANES, "measured/data_wait_s", end - step_s, wait, args))
-        if comm := min(values.get("measured/comm_s") or 0.0, step_s):
-            found.append(event(MEASURED, MEASURED_LANES, "measured/comm_s", end - comm, comm, args))
+        found += _emulated(row, drawing) + _measured(row)
     for row in evals[-MAX_EVALS:]:
         args = {"step": row["step"], "epoch": row["epoch"], "top1": row["values"]["eval/top1"]}
         for process, lanes, clock in ((EMULATED, EMULATED_LANES, "emulated"), (MEASURED, MEASURED_LANES, "measured")):
@@ -59,12 +98,51 @@ def events(steps: list[dict], evals: list[dict], name: str) -> list[dict]:
     return found
 
 
-def dumps(steps: list[dict], evals: list[dict], name: str) -> str:
+def _emulated(row: dict, drawing: Drawing | None) -> list[dict]:
+    values, args = row["values"], {"step": row["step"], "epoch": row["epoch"]}
+    begin = row["emulated_s"] - values["emulated/step_s"]
+    if drawing and drawing.shows(values):
+        lanes = {f"emulated/{key}": lane for key, lane in drawing.chip_lanes.items()}
+        assert lanes.items() <= EMULATED_LANES.items(), lanes
+        chip = [replace(part, lane=f"emulated/{part.lane}") for part in drawing.chip]
+        return [
+            *(part.event(EMULATED, EMULATED_LANES, begin, args) for part in chip),
+            *(part.event(LINKS, drawing.link_lanes, begin, args) for part in drawing.links_within_the_step()),
+        ]
+    found = []
+    for key in EMULATED_LANES:
+        if values.get(key):
+            found.append(event(EMULATED, EMULATED_LANES, key, begin, values[key], args))
+            begin += values[key]
+    return found
+
+
+def _measured(row: dict) -> list[dict]:
+    """A checkpoint was written before the step; what is neither waiting, summing nor updating counts as compute."""
+    values = row["values"]
+    args = {"step": row["step"], "epoch": row["epoch"], "loss": values.get("train/loss")}
+    args["top1"] = values.get("train/top1")
+    step_s, saving = values["measured/step_s"], values.get("measured/checkpoint_s") or 0.0
+    begin = row["measured_s"] - step_s
+    parts = {"measured/checkpoint_s": (begin - saving, saving), "measured/step_s": (begin, step_s)}
+    end = row["measured_s"]
+    for key in ("measured/update_s", "measured/comm_s"):
+        seconds = min(values.get(key) or 0.0, end - begin)
+        end -= seconds
+        parts[key] = end, seconds
+    wait = min(values.get("measured/data_wait_s") or 0.0, end - begin)
+    parts |= {"measured/data_wait_s": (begin, wait), "compute": (begin + wait, end - begin - wait)}
+    return [
+        event(MEASURED, MEASURED_LANES, key, at, seconds, args) for key, (at, seconds) in parts.items() if seconds > 0
+    ]
+
+
+def dumps(steps: list[dict], evals: list[dict], name: str, drawing: Drawing | None = None) -> str:
     """The whole file; a value that is not finite becomes null."""
     text = {
         "displayTimeUnit": "ms",
         "otherData": {"emulated": "positions on the emulated clock", "measured": "positions on the measured clock"},
-        "traceEvents": events(steps, evals, name),
+        "traceEvents": events(steps, evals, name, drawing),
     }
     return json.dumps(finite(text), allow_nan=False, separators=(",", ":"))
 

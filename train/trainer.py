@@ -33,6 +33,7 @@ from train.data.loader import Prefetcher
 from train.data.order import Order, eval_batches
 from train.data.source import Source
 from train.models.chip_norm import ChipPass, chip_moments, evaluation_moments
+from train.models.chip_spread import apart, spread
 from train.models.damage import Damage, frozen_statistics, group_of
 from train.optim.update import DivergedError, WeightUpdate, norm_of
 from train.precision import Precision
@@ -104,6 +105,7 @@ class Trainer:
         """Set from outside when a peer is known to be lost: the step at hand ends with PeerLost."""
         self._granted: set[Wish] = set()
         self._saved_at = (-1, time.monotonic())  # step, and when
+        self._checkpoint_s = 0.0  # of the one since the last step
         self.started_at: float | None = None
         """Of time.perf_counter, when the measured clock stood at 0; it runs on while workers change."""
 
@@ -143,7 +145,9 @@ class Trainer:
                 ends = self.finished or Wish.STOP in self._granted
                 if (ends or self._save_due()) and progress.step != self._saved_at[0]:
                     doing("checkpoint")
+                    began = time.perf_counter()
                     save(progress)
+                    self._checkpoint_s = time.perf_counter() - began
                     self._saved_at = progress.step, time.monotonic()
                 if ends or Wish.PAUSE in self._granted:
                     return self._granted
@@ -167,8 +171,9 @@ class Trainer:
         started = time.perf_counter()
         doing("evaluation")
         self.average_statistics()
+        distances = apart(self.model)  # before averaged weights, which have their own, take the model's place
         with self.update.averages.in_use() if self.update.averages else nullcontext():
-            loss, correct = self._evaluate()
+            loss, correct, chips = self._evaluate(distances)
         self.clock.advance_eval()
         progress, images = self.progress, len(self.source.eval)
         progress.top1, progress.eval_loss = correct / images, loss / images
@@ -188,12 +193,17 @@ class Trainer:
             emulated_eval_s=self.clock.eval_s,
             measured_s=progress.measured_s,
             emulated_s=self.clock.seconds,
+            chips=chips,
         )
 
-    def _evaluate(self) -> list[float]:
-        """[loss, correct answers], summed over all held-out images by all workers."""
-        batches = eval_batches(len(self.source.eval), EVAL_BATCH_SIZE)
-        sums = torch.zeros(len(batches), 2, dtype=torch.float64)
+    def _evaluate(self, distances: Tensor) -> tuple[float, float, dict[str, float]]:
+        """(Loss, correct answers), summed over all held-out images by all workers, and the spread of all chips'
+        `distances`, of which this worker gives its chips'.
+        """
+        batches, span = eval_batches(len(self.source.eval), EVAL_BATCH_SIZE), self.passes[0].span
+        sums = torch.zeros(len(batches) + self.order.num_chips // span, 2, dtype=torch.float64)
+        of_images, of_chips = sums.split([len(batches), len(sums) - len(batches)])
+        of_chips[self.first_chip // span :][: len(distances)] = distances
         mine = range(self.group.rank, len(batches), self.group.world_size)
         self.model.eval()
         with torch.inference_mode(), self.precision.autocast(self.device), self._eval_loader(batches, mine) as loader:
@@ -201,11 +211,12 @@ class Trainer:
                 logits = self.model(images.to(self.device)).float()
                 labels = labels.to(self.device)
                 loss = functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
-                sums[number] = torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double()]).cpu()
+                of_images[number] = torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double()]).cpu()
         self.model.train()
         sums = sums.to(self.device)
         self.group.all_reduce(sums)  # every row has one owner: adding zeros is exact in any order
-        return sums.sum(0).tolist()
+        of_images, of_chips = sums.cpu().split([len(batches), len(sums) - len(batches)])
+        return *of_images.sum(0).tolist(), spread(of_chips, self.damage.lost_groups(self.progress.step))
 
     def _eval_loader(self, batches: list[np.ndarray], mine: range) -> Prefetcher:
         return Prefetcher(self.source.eval, ((0, batches[number]) for number in mine), seed=0, device=self.device)
@@ -269,14 +280,16 @@ class Trainer:
 
     def _step(self, loader: Prefetcher) -> StepRecord:
         started, waited = time.perf_counter(), loader.wait_s
+        saved_s, self._checkpoint_s = self._checkpoint_s, 0.0
         progress, order = self.progress, self.order
         learning_rate = self.schedule((progress.step + 1) / order.steps_per_epoch)
         scale = None if self.update.loss_scale.off else self.update.loss_scale.value
         gradients, outcome = self._mean_gradients(loader)
-        norm = norm_of(gradients)
+        norm = norm_of(gradients) if self.compute.records else None  # a GPU begins with it before the loss is there
         loss, correct, *granted = outcome.tolist()
         self._granted = {wish for wish in Wish if granted[wish]}
         loss /= self._living(progress.step + 1)
+        update_began = time.perf_counter()
         grad_norm = self.update.apply(gradients, loss, learning_rate, progress.step + 1, norm)
         progress.step += 1
         self.clock.advance_step()
@@ -300,6 +313,8 @@ class Trainer:
             loss_scale=scale,
             skipped_steps=None if scale is None else self.update.loss_scale.skipped,
             faults=self.clock.fault_values(),
+            update_s=now - update_began,
+            checkpoint_s=saved_s,
         )
 
     def _mean_gradients(self, loader: Prefetcher) -> tuple[list[Tensor], Tensor]:

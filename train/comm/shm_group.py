@@ -1,7 +1,9 @@
 """Workers of one machine that meet in shared memory: nothing passes through the kernel.
 
-A buffer goes through in pieces. Every rank copies its piece to where all see it (but for its own slice), adds up its
-own slice over all ranks, and copies the other slices back; one barrier a piece, as three pieces are in hand at once.
+Where the kernel lets ranks read each other's memory (train/comm/reading), every rank adds up its slice of a large
+buffer from all buffers as they lie, and copies the other slices from those who added them. Else the buffer goes through
+in pieces: every rank copies its piece to where all see it (but for its own slice), adds up its own slice over all
+ranks, and copies the other slices back; one barrier a piece, as three pieces are in hand at once.
 Sums run over ranks 0, 1, 2 ... in this order, whatever the sizes and whoever adds.
 """
 
@@ -15,12 +17,17 @@ from torch import Tensor, distributed
 
 from train.comm.mailbox import Mailbox
 from train.comm.peers import Peers
+from train.comm.reading import Neighbours, Readable, may_read
 from train.comm.segment import CROWDED_SPIN_S, SEMAPHORE_BYTES, SPIN_S, Segment, Semaphore
 from train.comm.turns import Turns, check_rank, check_summed, flat
 
 IN_HAND = 3
 SMALL_BYTES = 32 << 10
 """Up to here every rank adds up everything by itself, which saves a barrier."""
+FEW = 8
+"""Workers up to which a group takes much memory for each."""
+READ_FROM_BYTES = 512 << 10
+"""From here on a buffer is read from where it lies."""
 BLOCK_BYTES = 128 << 10
 """What is added at a time: it stays in a core's cache."""
 LINE = 64
@@ -32,7 +39,10 @@ DTYPES = (
 
 
 class ShmGroup:
-    """`store`, `timeout_s`, `within`: as TorchGroup's; `piece_kib`: what a rank has in each of the pieces in hand."""
+    """`store`, `timeout_s`, `within`: as TorchGroup's; `piece_kib`: what a rank has in each of the pieces in hand.
+
+    read_memory: whether ranks may read each other's memory where the kernel lets them.
+    """
 
     def __init__(
         self,
@@ -43,16 +53,20 @@ class ShmGroup:
         timeout_s: float = 600.0,
         piece_kib: int | None = None,
         within: Peers | None = None,
+        read_memory: bool = True,
     ) -> None:
         if not device.startswith("cpu"):
             raise ValueError(f"backend=shm moves CPU memory only, and device={device}; use backend=nccl or device=cpu")
         alone = world_size <= len(os.sched_getaffinity(0))
-        if piece_kib is None:  # where workers share processors, each barrier costs them turns: fewer of them
-            piece_kib = 1024 if alone else 4096
+        if piece_kib is None:
+            # What a core has just written is slow to read for another one, and a barrier costs workers that share
+            # processors their turns: large pieces, as far as memory goes.
+            piece_kib = 1024 if alone and world_size > FEW else 4096
         if piece_kib < 64:
             raise ValueError(f"backend.piece_kib={piece_kib} must be at least 64")
         self.rank, self.world_size = rank, world_size
         self._settings = device, timeout_s, piece_kib
+        self._read_memory, self._neighbours = read_memory, None
         self._store = distributed.HashStore() if store is None else store
         self._peers = Peers("shm", rank, world_size, self._store, timeout_s, within)
         self._turns = Turns(self._peers)
@@ -87,6 +101,18 @@ class ShmGroup:
         self._typed: dict[torch.dtype, list[list[Tensor]]] = {}
         self._all_have("ready")
         self._segment.close_file()
+        if n > 1:
+            self._try_reading()
+
+    def _try_reading(self) -> None:
+        """All ranks read each other's memory, or none does."""
+        mine = Readable()
+        places = self._told("readable", mine.words)
+        others = [words for rank, words in enumerate(places) if rank != self.rank]
+        able = self._read_memory and all(map(may_read, others))
+        if set(self._told("reads", str(able))) == {"True"}:
+            self._neighbours = Neighbours(self.rank, [int(words.split()[0]) for words in places])
+        self._told("read", "")  # until then all keep theirs
 
     def _common_segment(self, nbytes: int, operation: str) -> Segment:
         """Rank 0's; `_all_have` must follow before its file is closed."""
@@ -110,10 +136,14 @@ class ShmGroup:
 
     def _all_have(self, what: str) -> None:
         """A barrier by way of the store, for memory whose semaphores are not known to be there."""
-        key = f"{what}{self._segments}"
-        self._store.set(f"{key}/{self.rank}", "")
-        for peer in range(self.world_size if self.world_size > 1 else 0):
-            self._peers.wait_for_key(f"{key}/{peer}", "connect", peer)
+        if self.world_size > 1:
+            self._told(f"{what}{self._segments}", "")
+
+    def _told(self, key: str, word: str) -> list[str]:
+        """Every rank's word."""
+        self._store.set(f"{key}/{self.rank}", word)
+        ranks = range(self.world_size)
+        return [self._peers.wait_for_key(f"{key}/{peer}", "connect", peer).decode() for peer in ranks]
 
     def all_reduce(self, tensor: Tensor, async_op: bool = False) -> Any:
         check_summed(tensor, "shm")
@@ -129,8 +159,21 @@ class ShmGroup:
                 parts[self.rank].copy_(elements)
                 self._meet("all_reduce", signed=True)
                 _sum(parts, elements)
+            elif self._neighbours and elements.nbytes >= READ_FROM_BYTES:
+                self._sum_where_they_lie(elements)
             else:
                 self._sum_in_pieces(elements)
+
+    def _sum_where_they_lie(self, elements: Tensor) -> None:
+        """A rank writes its own slice, which nobody else reads before all have met, and then only the others'."""
+        self._signatures[self._operations % 2, self.rank, 4] = elements.data_ptr()
+        self._meet("all_reduce", signed=True)
+        starts = self._signatures[self._operations % 2, :, 4].tolist()
+        cuts = slices(len(elements), self.world_size)
+        self._neighbours.add_up(elements, cuts, starts)
+        self._meet("all_reduce")
+        self._neighbours.fetch(elements, cuts, starts)
+        self._meet("all_reduce")
 
     def _sum_in_pieces(self, elements: Tensor) -> None:
         held = None
@@ -317,7 +360,7 @@ class ShmGroup:
         if self.rank not in ranks:
             return None
         store = distributed.PrefixStore(f"subgroup{self._subgroups}", self._store)
-        return ShmGroup(ranks.index(self.rank), len(ranks), store, *self._settings, self._peers)
+        return ShmGroup(ranks.index(self.rank), len(ranks), store, *self._settings, self._peers, self._read_memory)
 
     def abort(self) -> None:
         self._peers.abort()

@@ -11,6 +11,7 @@ from train.data.photos import Cutter, Photos, Store
 from train.data.pool import MOST, Processes, Threads
 from train.data.source import Source, at_least
 from train.data.turbojpeg import find_library
+from train.sim.course import checked_sizes
 
 FEW_CORES = 4  # with fewer for a worker, `auto` starts no loader processes
 
@@ -144,12 +145,3 @@ class ImageNetFolder(PhotoSource):
         """Over relative paths and sizes: asks the size of every file, a few seconds for all of ImageNet."""
         train, evaluation = self._parts
         return fingerprint(self._root, (train,) if train is evaluation else (train, evaluation))
-
-
-def checked_sizes(train_sizes: list[list[int]]) -> tuple[tuple[int, int], ...]:
-    epochs = [pair[0] for pair in train_sizes if len(pair) == 2 and pair[1] >= 1]
-    if len(epochs) < len(train_sizes) or epochs != sorted(set(epochs)) or epochs[0] != 0:
-        raise ValueError(
-            f"data.train_sizes={train_sizes}: must be [[first epoch, pixels], ...] from epoch 0 on, epochs rising"
-        )
-    return tuple((first, size) for first, size in train_sizes)

@@ -157,7 +157,7 @@ def _box(whole: tuple[int, int], draws: list[float]) -> tuple[int, int, int, int
 
 
 def rescaled(pixels: np.ndarray, height: int, width: int) -> torch.Tensor:
-    """uint8 [h, w, 3] as [3, height, width]: bilinear, antialiased, within one level of Pillow's."""
+    """uint8 [h, w, 3 or 4] as [the same, height, width]: bilinear, antialiased, within one level of Pillow's."""
     images = torch.from_numpy(np.ascontiguousarray(pixels))[None].permute(0, 3, 1, 2)
     return torch.nn.functional.interpolate(images, (height, width), mode="bilinear", antialias=True)[0]
 

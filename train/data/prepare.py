@@ -107,14 +107,22 @@ class Maker:
             if not whole or self.turbo.crop(data, (0, 0, *whole)) is None:
                 decode(data, photo.place)
             return data
-        return encoded(self.shrunk(data, whole, photo.place), self.options.quality)
+        return self.encoded(self.shrunk(data, whole, photo.place))
+
+    def encoded(self, pixels: np.ndarray) -> bytes:
+        """Pillow's bytes with either encoder, but for what two versions of libjpeg-turbo do differently."""
+        pixels = np.ascontiguousarray(pixels)
+        return self.turbo.encoded(pixels, self.options.quality) if self.turbo else encoded(pixels, self.options.quality)
 
     def shrunk(self, data: bytes, whole: tuple[int, int] | None, place: str) -> np.ndarray:
-        """uint8 [height, width, 3] with a shorter side of `shrink` pixels, or less if the photo has less."""
+        """uint8 [height, width, 3] with a shorter side of `shrink` pixels, or less if the photo has less.
+
+        By TurboJPEG with a fourth byte behind each pixel: the scaling of odd widths then takes half the time.
+        """
         pixels, shrink = None, self.options.shrink
         if whole:
             factor = next((factor for factor in SHRINKS if min(whole) >= factor * shrink), 1)
-            pixels = self.turbo.crop(data, (0, 0, -(-whole[0] // factor), -(-whole[1] // factor)), factor)
+            pixels = self.turbo.crop(data, (0, 0, -(-whole[0] // factor), -(-whole[1] // factor)), factor, channels=4)
         if pixels is None:
             pixels = np.array(decode(data, place))
             whole = pixels.shape[1::-1]
@@ -142,7 +150,7 @@ def encoded(pixels: np.ndarray, quality: int) -> bytes:
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(file, "JPEG", quality=quality)
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
     return file.getvalue()
 
 

@@ -4,6 +4,7 @@ In exact numerics every block is a pass of its own. In fast numerics a pass is a
 memory follows the images of a pass and not the size of a block.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -18,14 +19,24 @@ GPU_SHARE_PER_PASS = 1 / 3
 """The same on a GPU, as a share of its memory: gradients of activations and convolutions' workspace need the rest."""
 
 
-def check_batch_norm(config: dict, workload: Workload, chip_batch: int) -> None:
+Sizes = Sequence[tuple[int, Workload]]
+"""From which epoch on the training images are as in which table."""
+
+
+def check_batch_norm(config: dict, sizes: Sizes, chip_batch: int) -> None:
     """Every batch norm needs two values per channel."""
-    if chip_batch * config["bn_span"] * workload.smallest_norm < 2:
-        image_size = config["data"]["image_size"]
+    if chip_batch * config["bn_span"] * min(workload.smallest_norm for _, workload in sizes) < 2:
+        data = config["data"]
+        pixels = f"train_sizes={data['train_sizes']}" if data.get("train_sizes") else f"image_size={data['image_size']}"
         raise ValueError(
-            f"chip_batch_size={chip_batch} with data.image_size={image_size} leaves the last batch norms one value per "
-            "channel; raise chip_batch_size, data.image_size or bn_span"
+            f"chip_batch_size={chip_batch} with data.{pixels} leaves the last batch norms one value per "
+            f"channel; raise chip_batch_size, data.{pixels.partition('=')[0]} or bn_span"
         )
+
+
+def largest(sizes: Sizes) -> Workload:
+    """The table that needs most memory."""
+    return max((workload for _, workload in sizes), key=lambda workload: workload.activation_bytes(1))
 
 
 def images_per_pass(workload: Workload, precision: Precision, device: str) -> int:

@@ -62,7 +62,7 @@ def odds(times: np.ndarray, sigma: float, seconds: float) -> float:
 
 def priced(made, **changes) -> Priced:
     """Of a train.emulator.Emulator."""
-    step = made.step(made.global_batch_size)
+    step = made.mean_step()
     return Priced(
         step_s=step.step_s,
         eval_s=made.eval_s(made.num_eval),

@@ -1,6 +1,7 @@
 """A whole run: start-up, steps and evaluations, with an interval from the epochs' spread and the model's own error."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
@@ -8,6 +9,7 @@ from statistics import NormalDist
 import numpy as np
 
 from train.sim.convergence import Epochs
+from train.sim.course import Course
 from train.sim.step import StepTime
 
 INTERVAL = (0.05, 0.95)
@@ -67,10 +69,11 @@ def epoch_grid(epochs: float | list[float] | Epochs) -> tuple[float, np.ndarray]
 class Clock:
     """What the clock charges a run for. Seconds; `eval_s` of one evaluation. sigma: of ln(time).
 
+    step_s: of each step; or where they differ, what gives those of the first so many together.
     epochs: a number, [low, high] of a uniform distribution, or the reference points' normal one.
     """
 
-    step_s: float
+    step_s: float | Callable[[int], float]
     eval_s: float
     startup_s: float
     steps_per_epoch: int
@@ -87,7 +90,9 @@ class Clock:
 
     def seconds(self, epochs: float) -> float:
         """A run of so many epochs, without the model's error."""
-        return self.startup_s + self.steps(epochs) * self.step_s + self.evaluations(epochs) * self.eval_s
+        steps = self.steps(epochs)
+        train_s = self.step_s(steps) if callable(self.step_s) else steps * self.step_s
+        return self.startup_s + train_s + self.evaluations(epochs) * self.eval_s
 
     @cached_property
     def times(self) -> np.ndarray:
@@ -102,7 +107,7 @@ class Clock:
 
 
 def run_time(
-    step: StepTime,
+    step: StepTime | Course,
     eval_s: float,
     startup_s: float,
     steps_per_epoch: int,
@@ -113,10 +118,11 @@ def run_time(
 ) -> RunTime:
     """Arguments as Clock's. model_error: sigma of a log-normal factor of the time, median 1."""
     median, grid = epoch_grid(epochs)
+    course = Course.of(step)
     if eval_every <= 0:
         raise ValueError(f"eval_every={eval_every} must be above 0")
     clock = Clock(
-        step_s=step.step_s,
+        step_s=course.seconds,
         eval_s=eval_s,
         startup_s=startup_s,
         steps_per_epoch=steps_per_epoch,
@@ -126,15 +132,16 @@ def run_time(
         sigma=model_error,
     )
     steps, evals = clock.steps(median), clock.evaluations(median)
+    parts = course.parts(steps)
     return RunTime(
         epochs=median,
         steps=steps,
         evaluations=evals,
-        compute_s=steps * step.compute_s,
-        exposed_comm_s=steps * step.exposed_comm_s,
-        straggler_s=steps * step.straggler_s,
-        input_s=steps * step.input_s,
-        other_s=steps * step.other_s,
+        compute_s=parts.compute_s,
+        exposed_comm_s=parts.exposed_comm_s,
+        straggler_s=parts.straggler_s,
+        input_s=parts.input_s,
+        other_s=parts.other_s,
         eval_s=evals * eval_s,
         startup_s=startup_s,
         interval_s=clock.interval_s,

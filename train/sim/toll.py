@@ -5,8 +5,9 @@ to. All of that is charged to the step that then succeeds. Evaluations are charg
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
+from train.sim.course import Course
 from train.sim.faults import Condition
 from train.sim.step import StepTime
 from train.sim.timeline import Event, Timeline
@@ -16,16 +17,16 @@ MOST_EVENTS = 100
 
 
 class Toll:
-    """The steps of a timeline, priced. `price`: seconds of a step in a condition of the machine."""
+    """The steps of a timeline, priced. `price`: what the steps of a run take in a condition of the machine."""
 
-    def __init__(self, timeline: Timeline, price: Callable[[Condition], StepTime]) -> None:
+    def __init__(self, timeline: Timeline, price: Callable[[Condition], Course]) -> None:
         self.timeline, self._price = timeline, price
         self._recovery_s: dict[int, float] = {}
 
     def step(self, number: int) -> StepTime:
         """Step `number`, from 1."""
         recovery_s = self._recoveries_s(number)
-        steady = self._price(self.timeline.at(number).condition)
+        steady = self._price(self.timeline.at(number).condition).at(number)
         return replace(steady, recovery_s=recovery_s) if recovery_s else steady
 
     def train_s(self, steps: int) -> float:
@@ -38,14 +39,14 @@ class Toll:
 
     def cost_s(self, steps: int) -> float:
         """What the faults added to the first `steps` steps."""
-        return self.train_s(steps) - steps * self._price(Condition()).step_s
+        return self.train_s(steps) - self._price(Condition()).seconds(steps)
 
     def parts(self, steps: int) -> StepTime:
         """The parts of `train_s`, summed."""
-        sums = dict.fromkeys(vars(self._price(Condition())), 0.0)
-        for count, state in self._counted(steps):
-            for name, seconds in vars(self._price(state)).items():
-                sums[name] += count * seconds
+        sums = dict.fromkeys((field.name for field in fields(StepTime)), 0.0)
+        for first, last, state in self._spans(steps):
+            for name, seconds in vars(self._price(state).parts(last, first)).items():
+                sums[name] += seconds
         return StepTime(**sums | {"recovery_s": self.recovery_s(steps)})
 
     def values(self, steps: int) -> dict[str, float]:
@@ -106,12 +107,12 @@ class Toll:
         return sorted({event.step for event in self.timeline.events if event.step <= steps})
 
     def _steady_s(self, steps: int) -> float:
-        return sum(count * self._price(state).step_s for count, state in self._counted(steps))
+        return sum(self._price(state).seconds(last, first) for first, last, state in self._spans(steps))
 
-    def _counted(self, steps: int) -> list[tuple[int, Condition]]:
-        """How many of the first `steps` steps are in which condition, in order."""
+    def _spans(self, steps: int) -> list[tuple[int, int, Condition]]:
+        """First and last of those of the first `steps` steps that are in one condition, in order."""
         if steps < 1:
             return []
         spans = [span for span in self.timeline.spans if span.first <= steps]
         ends = [*(span.first for span in spans[1:]), steps + 1]
-        return [(end - span.first, span.condition) for span, end in zip(spans, ends, strict=True)]
+        return [(span.first, end - 1, span.condition) for span, end in zip(spans, ends, strict=True)]

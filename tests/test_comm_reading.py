@@ -1,0 +1,67 @@
+"""Reading another process's memory, and sums of ranks that do: one process here stands for all ranks."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from train.comm import reading
+from train.comm.reading import Neighbours, Readable, may_read, read
+from train.comm.shm_group import slices
+
+
+def test_a_process_reads_what_lies_at_an_address():
+    there, here = torch.arange(100_000), torch.zeros(70_000, dtype=torch.int64)
+    read(os.getpid(), there.data_ptr() + 8 * 1000, here)
+    assert torch.equal(here, there[1000:71_000])
+    read(os.getpid(), 0, here[:0])  # nothing
+
+
+def test_memory_that_is_not_there_is_an_error_and_no_permission():
+    with pytest.raises(OSError, match=f"process {os.getpid()}'s memory can't be read: Bad address"):
+        read(os.getpid(), 8, torch.zeros(1))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    readable, other = Readable(), torch.zeros(1, dtype=torch.int64)
+    assert may_read(readable.words)
+    assert not may_read(readable.words.replace(str(os.getpid()), str(gone.pid)))
+    assert not may_read(f"{os.getpid()} {other.data_ptr()}")  # something else lies there
+
+
+def test_where_there_is_no_such_function_nobody_reads(monkeypatch):
+    def none():
+        raise AttributeError("process_vm_readv")
+
+    monkeypatch.setattr(reading, "_libc", none)
+    assert not may_read(Readable().words)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_every_rank_adds_its_slice_in_the_order_of_ranks(ranks):
+    """Four blocks and a bit each; what other ranks will read of a vector stays as it was."""
+    count = ranks * (4 * reading.BLOCK_BYTES // 4 + 100)
+    vectors = torch.randn(ranks, count, generator=torch.manual_seed(0)) * 10.0 ** torch.arange(ranks)[:, None]
+    expected = vectors[0].clone()
+    for vector in vectors[1:]:
+        expected += vector
+    cuts, starts = slices(count, ranks), [vector.data_ptr() for vector in vectors]
+    neighbours = [Neighbours(rank, [os.getpid()] * ranks) for rank in range(ranks)]
+    before = vectors.clone()
+    for rank, neighbour in enumerate(neighbours):
+        neighbour.add_up(vectors[rank], cuts, starts)
+        others = torch.ones(count, dtype=torch.bool)
+        others[cuts[rank]] = False
+        assert torch.equal(vectors[rank][others], before[rank][others])
+    for rank, neighbour in enumerate(neighbours):
+        neighbour.fetch(vectors[rank], cuts, starts)
+    assert all(torch.equal(vector, expected) for vector in vectors)
+
+
+def test_a_rank_that_is_gone_is_named():
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    vector = torch.zeros(1000)
+    with pytest.raises(RuntimeError, match=rf"rank 1: .*process {gone.pid}'s memory can't be read: No such process"):
+        Neighbours(0, [os.getpid(), gone.pid]).fetch(vector, slices(1000, 2), [vector.data_ptr()] * 2)
