@@ -1,6 +1,7 @@
 """The training loop, in one process and in two: the same bits however it is cut into workers, stops and resumes."""
 
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,7 +48,9 @@ def in_two(rank: int, world_size: int, store, folder: Path) -> list[dict]:
         context = WorkerContext(rank=rank, world_size=world_size, store=PrefixStore(name, store))
         return run_worker(tiny(*overrides), context, folder / name)
 
-    return [run("sgd", "checkpoint_steps=2"), run("lars", *LARS_BF16)]
+    results = [run("sgd", "checkpoint_steps=2"), run("lars", *LARS_BF16)]
+    assert "torch._dynamo" not in sys.modules, "torch's compiler is nothing that a worker's start has to wait for"
+    return results
 
 
 @pytest.fixture(scope="module")
