@@ -79,8 +79,7 @@ def broken(tmp_path_factory) -> tuple[Path, dict]:
 def given_gradients(worker: Worker) -> list[torch.Tensor]:
     """Those that the optimizer gets in the worker's first step."""
     given, parameters = [], list(worker.model.parameters())
-    step = worker.optimizer.step
-    worker.optimizer.step = lambda: (given.extend(p.grad.clone() for p in parameters), step())
+    worker.optimizer.step = lambda: given.extend(p.grad.clone() for p in parameters)
     worker.trainer.train([], lambda progress: None)
     return given
 
