@@ -15,7 +15,7 @@ KINDS = {nn.Conv2d: "conv", ChipBatchNorm2d: "batch_norm", nn.BatchNorm2d: "batc
 
 
 def profile(model: nn.Module, image_size: int) -> list[Layer]:
-    """A row for each convolution, batch norm and linear layer, in the order in which one image passes them.
+    """A row for each convolution, batch norm and linear layer, in the model's own order of its modules.
 
     FLOPs are twice the multiply-adds; the backward pass has as many for the weight, and for the input where needed.
     """
@@ -32,8 +32,8 @@ def profile(model: nn.Module, image_size: int) -> list[Layer]:
 
         return module.register_forward_hook(row)
 
-    kinds = ((name, kind_of(module), module) for name, module in model.named_modules())
-    handles = [watch(name, kind, module) for name, kind, module in kinds if kind]
+    watched = {name: (kind, module) for name, module in model.named_modules() if (kind := kind_of(module))}
+    handles = [watch(name, *seen) for name, seen in watched.items()]
     was_training = model.training
     weight = next(model.parameters())
     try:
@@ -43,7 +43,7 @@ def profile(model: nn.Module, image_size: int) -> list[Layer]:
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    return layers
+    return sorted(layers, key=lambda layer: list(watched).index(layer.name))
 
 
 def kind_of(module: nn.Module) -> str | None:
