@@ -127,7 +127,7 @@ def accuracy(axes, data: dict, evals: list[dict]) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     low, high = axes.get_xlim()
-    axes.set(xlim=(low / 1.5, high * 1.5), ylim=(0, 104))
+    axes.set(xlim=(low / 1.5, high * 1.5), ylim=(0, 112))
     axes.set_xlabel("seconds of each clock, logarithmic")
     axes.set_ylabel("top-1 accuracy, %")
     axes.set_title("Time to accuracy", loc="left")
