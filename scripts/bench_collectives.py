@@ -17,7 +17,6 @@ A turn's time is that of its slowest worker; seconds are medians over the turns,
 import argparse
 import json
 import multiprocessing
-import socket
 import statistics
 import sys
 import time
@@ -106,14 +105,10 @@ def work(
 
 
 def measure(workers: int, sizes: list[int], repetitions: int, piece_kib: int | None) -> list[dict]:
-    from torch.distributed import TCPStore
+    from scripts.loopback import loopback_store
 
     context = multiprocessing.get_context("spawn")
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    store = TCPStore(
-        "127.0.0.1", port, workers, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
+    store, port = loopback_store(workers)
     results: Any = context.Queue()
     processes = [
         context.Process(target=work, args=(rank, workers, port, sizes, repetitions, piece_kib, results))

@@ -22,7 +22,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import socket
 import statistics
 import sys
 import time
@@ -179,14 +178,11 @@ def work(rank: int, workers: int, port: int, given: argparse.Namespace, results:
 
 def measure(given: argparse.Namespace) -> dict[str, list[list[list[float]]]]:
     """Side -> turns -> workers -> (began, last gradient, summed, ended, processor seconds, seconds of sums alone)."""
-    from torch.distributed import TCPStore
+    from scripts.loopback import loopback_store
 
     context = multiprocessing.get_context("spawn")
-    listener = socket.create_server(("127.0.0.1", 0))
-    port, workers = listener.getsockname()[1], given.workers
-    store = TCPStore(
-        "127.0.0.1", port, workers, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
+    workers = given.workers
+    store, port = loopback_store(workers)
     results: Any = context.Queue()
     processes = [
         context.Process(target=work, args=(rank, workers, port, given, results), daemon=True) for rank in range(workers)

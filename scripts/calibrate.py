@@ -17,7 +17,6 @@ import math
 import multiprocessing
 import os
 import queue
-import socket
 import statistics
 import sys
 import time
@@ -69,17 +68,11 @@ def config_of(workers: int, image_size: int, chip_batch: int, rounds: int, mesh:
 
 def measured(workers: int, task: dict, tick: Callable[[], None]) -> list[dict]:
     """The facts of every process (scripts/calibrate_worker). RuntimeError where one fails or is silent for long."""
-    from torch.distributed import TCPStore
-
     from scripts.calibrate_worker import measure
+    from scripts.loopback import loopback_store
 
     context = multiprocessing.get_context("spawn")
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    # a socket that is bound already keeps the store off the other interfaces
-    store = TCPStore(
-        "127.0.0.1", port, workers, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
+    store, port = loopback_store(workers)
     results: Any = context.Queue()
     processes = [
         context.Process(target=measure, args=(rank, workers, port, task, results), daemon=True)

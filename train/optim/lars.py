@@ -17,15 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from train.optim.parameters import split_by_decay
+from train.optim.parameters import Momentum, split_by_decay
 
 
-class LARS:
-    """Matrices take scaled steps, vectors plain momentum steps without decay.
-
-    It has what training needs of `torch.optim.Optimizer` and does not derive from it: the first use of that class
-    imports torch's compiler, a second of every worker's start.
-    """
+class LARS(Momentum):
+    """Matrices take scaled steps, vectors plain momentum steps without decay."""
 
     def __init__(
         self,
@@ -46,27 +42,15 @@ class LARS:
         self._lr_inside = momentum_form == "lr_inside"
         matrices, vectors = split_by_decay(parameters)
         common = {"lr": 0.0, "momentum": momentum, "coefficient": coefficient, "epsilon": epsilon}
-        self.param_groups = [
+        groups = [
             {"params": matrices, "weight_decay": weight_decay, "scaled": True} | common,
             {"params": vectors, "weight_decay": 0.0, "scaled": False} | common,
         ]
-        self._velocities = {p: torch.zeros_like(p) for p in (*matrices, *vectors)}
-
-    def state_dict(self) -> dict:
-        """The velocities in the parameters' order; the settings are the configuration's."""
-        return {"velocities": list(self._velocities.values())}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict) -> None:
-        for velocity, saved in zip(self._velocities.values(), state["velocities"], strict=True):
-            velocity.copy_(saved)
+        super().__init__(groups)
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if not parameters:
-                continue
+        for group, parameters in self._with_gradients():
             gradients = [p.grad for p in parameters]
             inside, outside = (group["lr"], 1.0) if self._lr_inside else (1.0, group["lr"])
             rates = [inside] * len(parameters)

@@ -5,15 +5,13 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from train.optim.parameters import split_by_decay
+from train.optim.parameters import Momentum, split_by_decay
 
 
-class SGD:
+class SGD(Momentum):
     """torch's fused step with the recipe's parameter groups; the trainer sets their learning rate before each step.
 
-    Like LARS it does not derive from `torch.optim.Optimizer`, whose first use imports torch's compiler: half of what
-    importing torch itself takes. Gradients must have their parameters' memory layout, as autograd makes them: the fused
-    step ignores strides.
+    Gradients must have their parameters' memory layout, as autograd makes them: the fused step ignores strides.
     """
 
     def __init__(
@@ -31,27 +29,15 @@ class SGD:
             raise ValueError("optim.nesterov=true: needs optim.momentum above 0; set it, or nesterov to false")
         matrices, vectors = split_by_decay(parameters)
         common = {"lr": 0.0, "momentum": momentum, "nesterov": nesterov}
-        self.param_groups = [
+        groups = [
             {"params": matrices, "weight_decay": weight_decay} | common,
             {"params": vectors, "weight_decay": 0.0} | common,
         ]
-        self._velocities = {p: torch.zeros_like(p) for p in (*matrices, *vectors)} if momentum else {}
-
-    def state_dict(self) -> dict:
-        """The velocities in the parameters' order; the settings are the configuration's."""
-        return {"velocities": list(self._velocities.values())}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict) -> None:
-        for velocity, saved in zip(self._velocities.values(), state["velocities"], strict=True):
-            velocity.copy_(saved)
+        super().__init__(groups, velocities=momentum > 0)
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if not parameters:
-                continue
+        for group, parameters in self._with_gradients():
             settings = {name: group[name] for name in ("lr", "momentum", "nesterov", "weight_decay")}
             torch._fused_sgd_(
                 parameters,
