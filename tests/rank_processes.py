@@ -2,13 +2,14 @@
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from torch.distributed import TCPStore
+
+from scripts.loopback import loopback_store
 
 HANGING_S = 120.0
 
@@ -23,12 +24,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, dying: 
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train.build", "hydra.utils"])
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    # a socket that is bound already keeps the store off the other interfaces
-    store = TCPStore(
-        "127.0.0.1", port, world_size, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
+    store, port = loopback_store(world_size)
     ends, processes = [], []
     for rank in range(world_size):
         end, other = context.Pipe(duplex=False)
