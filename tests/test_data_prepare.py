@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from data_samples import make_image_tree
 from launch_samples import trained_here
-from photo_files import READABLE, jpeg, picture
+from photo_files import BROKEN, READABLE, jpeg, picture
 from PIL import Image
 
+from train.data import prepare
 from train.data.archives import list_photos
 from train.data.imagenet import ImageNetFolder
 from train.data.prepare import WORK, Maker, Options, begin, finish, plan, verify
@@ -162,6 +163,25 @@ def test_shrinking(tmp_path):
     source = ImageNetShards(str(tmp_path / "shards"), image_size=24, workers=0)
     assert "photos shrunk to a shorter side of 45 px, JPEG quality 90" in source.notes
     source.train.batch(np.arange(len(files)), seed=0, epoch=0)
+
+
+@pytest.mark.parametrize("library", [find_library(), None])
+def test_how_many_are_worked_on_at_once_changes_nothing(tmp_path, monkeypatch, library):
+    root = tmp_path / "photos" / "n0"
+    root.mkdir(parents=True)
+    for number, data in enumerate([*READABLE.values(), *BROKEN.values(), *READABLE.values()]):
+        (root / f"{number:02d}.jpg").write_bytes(data)
+    photos, options = list_photos(tmp_path / "photos", None), Options(shrink=45)
+    made = []
+    for pixels in (1, 20_000, 1 << 30):
+        monkeypatch.setattr(prepare, "AT_ONCE", pixels)
+        made.append(list(Maker(tmp_path, options, library).contents(photos.parts["train"])))
+    kinds = [isinstance(each, bytes) for each in made[0]]
+    assert kinds == [True] * len(READABLE) + [False] * len(BROKEN) + [True] * len(READABLE)
+    assert [[each if isinstance(each, bytes) else str(each) for each in one] for one in made[1:]] == [
+        [each if isinstance(each, bytes) else str(each) for each in made[0]]
+    ] * 2
+    assert {Image.open(io.BytesIO(each)).size for each in made[0] if isinstance(each, bytes)} == {(58, 45)}
 
 
 def test_what_can_not_be_read_is_left_out_and_reported(tree, tmp_path):

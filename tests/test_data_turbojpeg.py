@@ -1,4 +1,5 @@
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -27,10 +28,8 @@ def test_a_crop_has_the_bits_of_the_whole_decode(turbo, name):
     for _ in range(60):
         left, right = sorted(random.choice(91, 2, replace=False).tolist())
         top, bottom = sorted(random.choice(71, 2, replace=False).tolist())
-        for channels in (3, 4):
-            turbo.size(data)
-            crop = turbo.crop(data, (left, top, right, bottom), channels=channels)
-            assert crop.shape[2] == channels and (crop[..., :3] == whole[top:bottom, left:right]).all()
+        turbo.size(data)
+        assert (turbo.crop(data, (left, top, right, bottom)) == whole[top:bottom, left:right]).all()
 
 
 @pytest.mark.parametrize("shrink", [2, 4, 8])
@@ -45,24 +44,72 @@ def test_a_shrunk_crop_is_near_the_reduced_image(turbo, shrink):
     assert np.abs(crop - reduced).mean() < 3
 
 
-@pytest.mark.parametrize("width, height", [(90, 70), (31, 17), (1, 1)])
-def test_it_encodes_as_pillow_does(turbo, width, height):
-    pixels = np.asarray(picture(width, height))
-    padded = np.concatenate([pixels, np.full((height, width, 1), 77, np.uint8)], axis=2)
-    for quality in (50, 90):
-        data = turbo.encoded(np.ascontiguousarray(pixels), quality)
-        assert turbo.encoded(padded, quality) == data
-        expected = np.asarray(Image.open(io.BytesIO(encoded(pixels, quality))))
-        assert (np.asarray(Image.open(io.BytesIO(data))) == expected).all()
+def test_threads_do_not_disturb_each_other(turbo):
+    files = [jpeg(picture(300 + i, 200, seed=i)) for i in range(8)]
+
+    def opened(data: bytes) -> np.ndarray:
+        for _ in range(20):
+            crop = turbo.crop(data, (0, 0, *turbo.size(data)))
+        return crop
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(opened, files))
+    assert all((one == np.asarray(Image.open(io.BytesIO(data)))).all() for one, data in zip(found, files, strict=True))
 
 
-def test_a_crop_that_is_encoded_is_not_written_over(turbo):
-    data = jpeg(picture(90, 70))
+def of_colour(image: Image.Image) -> np.ndarray:
+    """Cb and Cr of an image in YCbCr, [rows, 2, columns]."""
+    return np.asarray(image)[:, :, 1:].transpose(0, 2, 1)
+
+
+@pytest.mark.parametrize("name", [name for name in FOR_TURBO if name != "greyscale"])
+def test_planes_are_what_pillow_decodes_before_it_turns_them_into_rgb(turbo, name):
+    """Colours of half the resolution are compared at half the size, at which libjpeg leaves them as they are."""
+    data = READABLE[name]
     turbo.size(data)
-    crop = turbo.crop(data, (0, 0, *turbo.size(data)))
-    expected = crop.copy()
-    turbo.encoded(crop, 90)
-    assert (crop == expected).all()
+    planes = turbo.planes(data)
+    whole, half = (Image.open(io.BytesIO(data)) for _ in range(2))
+    whole.draft("YCbCr", None)
+    half.draft("YCbCr", (45, 35))
+    assert whole.mode == half.mode == "YCbCr" and half.size == (45, 35)
+    assert (planes.luma[:70, 0, :90] == np.asarray(whole)[:, :, 0]).all()
+    sampling = (planes.down, planes.across)
+    assert sampling == {"4:4:4": (1, 1), "4:2:2": (1, 2)}.get(name, (2, 2))
+    if sampling == (1, 2):  # interpolated by libjpeg: at even columns by a quarter of the difference to the left one
+        colours = planes.colours[:, :, :45].astype(int)
+        left = np.concatenate([colours[:, :, :1], colours[:, :, :-1]], axis=2)
+        assert ((3 * colours + left + 1) // 4 == of_colour(whole)[:, :, ::2]).all()
+    else:
+        assert (planes.colours[:, :, : 90 // sampling[1]] == of_colour(whole if sampling == (1, 1) else half)).all()
+
+
+def test_planes_of_grey_have_no_colour(turbo):
+    turbo.size(READABLE["greyscale"])
+    planes = turbo.planes(READABLE["greyscale"])
+    assert (planes.luma[:70, 0, :90] == np.asarray(Image.open(io.BytesIO(READABLE["greyscale"])))).all()
+    assert (planes.colours == 128).all()
+
+
+@pytest.mark.parametrize("width, height", [(90, 70), (31, 17), (2, 1)])
+@pytest.mark.parametrize("quality", [50, 90])
+def test_each_plane_is_encoded_as_pillow_encodes_a_grey_image(turbo, width, height, quality):
+    data = jpeg(picture(width, height), subsampling=2)
+    turbo.size(data)
+    planes = turbo.planes(data)
+    made = turbo.encoded(planes, quality)
+    tables = Image.open(io.BytesIO(made)).quantization
+    assert tables == Image.open(io.BytesIO(encoded(np.asarray(picture(8, 8)), quality))).quantization
+    assert turbo.size(made) == (width, height)
+    again = turbo.planes(made)
+    rows, columns = -(-height // 2), -(-width // 2)
+    for before, after, table, shape in (
+        (planes.luma[:, 0], again.luma[:, 0], tables[0], (2 * rows, 2 * columns)),
+        (planes.colours[:, 0], again.colours[:, 0], tables[1], (rows, columns)),
+        (planes.colours[:, 1], again.colours[:, 1], tables[1], (rows, columns)),
+    ):
+        file, part = io.BytesIO(), tuple(map(slice, shape))
+        Image.fromarray(before[part]).save(file, "JPEG", qtables=[table])
+        assert (after[part] == np.asarray(Image.open(file))).all()
 
 
 def test_what_it_leaves_to_pillow(turbo):

@@ -10,7 +10,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +21,13 @@ from train.data.archives import Photo, Photos
 from train.data.folder import UnreadableImage, unreadable
 from train.data.photos import rescaled
 from train.data.pixels import decode
+from train.data.planes import Planes
 from train.data.shards import ENTRY, FORMAT, INDEX, shard_name
 from train.data.turbojpeg import SHRINKS, TurboJpeg
 
 WORK = ".prepare"  # records of finished shards, until the index is there
 PADDING = 2 * tarfile.BLOCKSIZE  # the end of a tar
+AT_ONCE = 1 << 22  # pixels: some twenty photos
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,25 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Large:
+    """A decoded photo, planes or uint8 [h, w, 3], that is to become height x width."""
+
+    image: Planes | np.ndarray
+    height: int
+    width: int
+
+    @property
+    def pixels(self) -> int:
+        height, width = self.image.shape[:2]
+        return height * width
+
+    def scaled(self) -> Planes | np.ndarray:
+        if isinstance(self.image, Planes):
+            return self.image.scaled(self.height, self.width)
+        return np.ascontiguousarray(rescaled(self.image, self.height, self.width).permute(1, 2, 0).numpy())
+
+
+@dataclass(frozen=True)
 class Maker:
     """Makes one shard at a time, in any process."""
 
@@ -72,11 +93,9 @@ class Maker:
                 digest.update(data)
                 file.write(data)
 
-            for photo in job.photos:
-                try:
-                    data = self.content(photo)
-                except UnreadableImage as error:
-                    skipped.append([job.part, photo.place, reason(error)])
+            for photo, data in zip(job.photos, self.contents(job.photos), strict=True):
+                if isinstance(data, UnreadableImage):
+                    skipped.append([job.part, photo.place, reason(data)])
                     continue
                 write(header(photo.name, len(data)))
                 entries.append((file.tell(), len(data), job.number, photo.label))
@@ -91,46 +110,66 @@ class Maker:
         write_aside(self.folder / WORK / f"{job.name}.json", json.dumps(record).encode())
         return len(job.photos)
 
-    def content(self, photo: Photo) -> bytes:
-        """The file's bytes, or those of the smaller photo; UnreadableImage where no decoder makes sense of them."""
-        try:
-            data = photo.read()
-            if not data:
-                raise EOFError("no bytes")
-        except (OSError, EOFError) as error:
-            raise unreadable(photo.place, error) from error
-        shrink = self.options.shrink
-        if shrink is None and not self.options.check:
-            return data
-        whole = self.turbo.size(data) if self.turbo else None
-        if shrink is None or (whole and min(whole) <= shrink):
-            if not whole or self.turbo.crop(data, (0, 0, *whole)) is None:
-                decode(data, photo.place)
-            return data
-        return self.encoded(self.shrunk(data, whole, photo.place))
+    def contents(self, photos: list[Photo]) -> Iterator[bytes | UnreadableImage]:
+        """What becomes of each photo, in their order.
 
-    def encoded(self, pixels: np.ndarray) -> bytes:
-        """Pillow's bytes with either encoder, but for what two versions of libjpeg-turbo do differently."""
-        pixels = np.ascontiguousarray(pixels)
-        return self.turbo.encoded(pixels, self.options.quality) if self.turbo else encoded(pixels, self.options.quality)
-
-    def shrunk(self, data: bytes, whole: tuple[int, int] | None, place: str) -> np.ndarray:
-        """uint8 [height, width, 3] with a shorter side of `shrink` pixels, or less if the photo has less.
-
-        By TurboJPEG with a fourth byte behind each pixel: the scaling of odd widths then takes half the time.
+        Some twenty are decoded, then scaled, then encoded: a core's caches hold the code of one of these at a time.
         """
-        pixels, shrink = None, self.options.shrink
+        waiting, pixels = [], 0
+        for photo in photos:
+            waiting.append(self.opened(photo))
+            pixels += waiting[-1].pixels if isinstance(waiting[-1], Large) else 0
+            if pixels >= AT_ONCE:
+                yield from self.finished(waiting)
+                waiting, pixels = [], 0
+        yield from self.finished(waiting)
+
+    def finished(self, waiting: list[bytes | Large | UnreadableImage]) -> list[bytes | UnreadableImage]:
+        small = [each.scaled() if isinstance(each, Large) else each for each in waiting]
+        return [self.encoded(each) if isinstance(each, Planes | np.ndarray) else each for each in small]
+
+    def encoded(self, image: Planes | np.ndarray) -> bytes:
+        quality = self.options.quality
+        return self.turbo.encoded(image, quality) if isinstance(image, Planes) else encoded(image, quality)
+
+    def opened(self, photo: Photo) -> bytes | Large | UnreadableImage:
+        """The file's bytes where they stay as they are, or its pixels; an error where no decoder makes sense of it."""
+        shrink = self.options.shrink
+        try:
+            data = read(photo)
+            if shrink is None and not self.options.check:
+                return data
+            whole = self.turbo.size(data) if self.turbo else None
+            if shrink is None or (whole and min(whole) <= shrink):
+                if not whole or self.turbo.crop(data, (0, 0, *whole)) is None:
+                    decode(data, photo.place)
+                return data
+            return self.large(data, whole, photo.place)
+        except UnreadableImage as error:
+            return error
+
+    def large(self, data: bytes, whole: tuple[int, int] | None, place: str) -> Large:
+        """A photo that libjpeg-turbo can't read, or whose planes are others, as Pillow's pixels."""
+        image, shrink = None, self.options.shrink
         if whole:
-            factor = next((factor for factor in SHRINKS if min(whole) >= factor * shrink), 1)
-            pixels = self.turbo.crop(data, (0, 0, -(-whole[0] // factor), -(-whole[1] // factor)), factor, channels=4)
-        if pixels is None:
-            pixels = np.array(decode(data, place))
-            whole = pixels.shape[1::-1]
+            image = self.turbo.planes(data, next((factor for factor in SHRINKS if min(whole) >= factor * shrink), 1))
+        if image is None:
+            image = np.array(decode(data, place))
+            whole = image.shape[1::-1]
         ratio = min(1.0, shrink / min(whole))
         width, height = (max(1, round(side * ratio)) for side in whole)
-        if pixels.shape[:2] == (height, width):
-            return pixels
-        return rescaled(pixels, height, width).permute(1, 2, 0).numpy()
+        return Large(image, height, width)
+
+
+def read(photo: Photo) -> bytes:
+    """Not empty."""
+    try:
+        data = photo.read()
+        if not data:
+            raise EOFError("no bytes")
+        return data
+    except (OSError, EOFError) as error:
+        raise unreadable(photo.place, error) from error
 
 
 def reason(error: UnreadableImage) -> str:
