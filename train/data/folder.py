@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,10 +42,14 @@ class UnreadableImage(ValueError):
 
 
 def unreadable(where: str, error: Exception) -> UnreadableImage:
-    reason = " ".join(str(error).split())
     return UnreadableImage(
-        f"unreadable image {where} ({type(error).__name__}: {reason}): repair or remove it, or set data.on_error=skip"
+        f"unreadable image {where} ({reason(error)}): repair or remove it, or set data.on_error=skip"
     )
+
+
+def reason(error: BaseException) -> str:
+    """In one line. Pillow names the object that it read by its address, which is another in every run."""
+    return f"{type(error).__name__}: {' '.join(re.sub('<[^<>]* object at 0x[^<>]*>', '', str(error)).split())}"
 
 
 def data_root(root: str | None) -> Path:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from train.data.archives import Photo, Photos
-from train.data.folder import UnreadableImage, unreadable
+from train.data.folder import UnreadableImage, reason, unreadable
 from train.data.photos import rescaled
 from train.data.pixels import decode
 from train.data.planes import Planes
@@ -95,7 +95,7 @@ class Maker:
 
             for photo, data in zip(job.photos, self.contents(job.photos), strict=True):
                 if isinstance(data, UnreadableImage):
-                    skipped.append([job.part, photo.place, reason(data)])
+                    skipped.append([job.part, photo.place, reason(data.__cause__)])
                     continue
                 write(header(photo.name, len(data)))
                 entries.append((file.tell(), len(data), job.number, photo.label))
@@ -170,10 +170,6 @@ def read(photo: Photo) -> bytes:
         return data
     except (OSError, EOFError) as error:
         raise unreadable(photo.place, error) from error
-
-
-def reason(error: UnreadableImage) -> str:
-    return f"{type(error.__cause__).__name__}: {' '.join(str(error.__cause__).split())}"
 
 
 def header(name: str, size: int) -> bytes:
