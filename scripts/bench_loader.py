@@ -10,28 +10,33 @@ photos, as they are and shrunk to 256; webdataset reads those shards with the re
 libjpeg-turbo's decode of whole photos that are in memory already.
 
 Beside it stand how far the fast path's pixels are from the plain one's, the shards' sequential rate, the first batch
-with an index of 1,281,167 entries, and `prepare` against decode plus encode alone.
+with an index of 1,281,167 entries, and `prepare` against decode plus encode alone, both on all cores at once.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from train.data.archives import list_photos
+from train.data.archives import Photo, list_photos
+from train.data.folder import UnreadableImage
 from train.data.imagenet import ImageNetFolder
 from train.data.photos import MEAN, STD
-from train.data.prepare import Maker, Options, begin, encoded, finish, plan
+from train.data.pixels import decode
+from train.data.prepare import WORK, Job, Large, Maker, Options, begin, encoded, finish, plan
 from train.data.shards import ENTRY, INDEX, ImageNetShards
 from train.data.turbojpeg import TurboJpeg, find_library
 from train.memory import keep_freed_memory
@@ -112,42 +117,96 @@ def in_turns(sides: dict[str, Callable[[int], Iterator]], rounds: int, count: in
     return rates
 
 
-def make_shards(root: Path, folder: Path, options: Options) -> float:
-    """Shards of a folder tree, by this process alone; returns the seconds of processor time of the making."""
+def make_shards(root: Path, folder: Path, options: Options) -> None:
+    """Shards of a folder tree, by this process alone."""
     photos = list_photos(root, None)
     jobs, maker = plan(photos, options), Maker(folder, options, find_library())
     begin(folder, photos, options, jobs)
-    start = time.process_time()
     for job in jobs:
         maker.make(job)
-    seconds = time.process_time() - start
     finish(folder, photos, options, jobs)
-    return seconds
 
 
-def decode_and_encode(blobs: list[bytes]) -> tuple[float, float]:
-    """Seconds of processor time to decode each photo and to encode it at the size that `prepare` gives it, no more.
+def codecs_alone(maker: Maker, photos: list[Photo]) -> dict[str, Callable[[], None]]:
+    """To decode each photo, which is in memory, and to encode it at the size that `prepare` gives it, no more.
 
-    Encoded by Pillow, and by libjpeg-turbo itself as `prepare` does; the pixels are made outside the clock.
+    plain: all its pixels by libjpeg-turbo, and Pillow's encoder. own: the very calls that `prepare` makes for both.
     """
-    turbo, maker = TurboJpeg(find_library()), Maker(Path(), Options(SHRINK, QUALITY), find_library())
-    decoding = by_pillow = by_turbo = 0.0
-    for data in blobs:
-        whole = maker.turbo.size(data)
-        small = np.ascontiguousarray(maker.shrunk(data, whole, "")[..., :3])
-        moments = [time.process_time()]
-        turbo.size(data)
-        turbo.crop(data, (0, 0, *whole))
-        moments.append(time.process_time())
-        if min(whole) > SHRINK:
-            for encode in (encoded, turbo.encoded):
-                encode(small, QUALITY)
-                moments.append(time.process_time())
-        decode_s, *encode_s = (end - start for start, end in pairwise(moments))
-        decoding += decode_s
-        if encode_s:
-            by_pillow, by_turbo = by_pillow + encode_s[0], by_turbo + encode_s[1]
-    return decoding + by_pillow, decoding + by_turbo
+    turbo, work = maker.turbo, []
+    for photo in photos:
+        opened = maker.opened(photo)
+        if not isinstance(opened, UnreadableImage):
+            small = opened.scaled() if isinstance(opened, Large) else None
+            pixels = None if small is None else np.asarray(decode(maker.encoded(small), photo.place))
+            work.append((photo.read(), photo.place, small, pixels))
+
+    def plain() -> None:
+        for data, place, _, pixels in work:
+            whole = turbo.size(data)
+            if whole is None or turbo.crop(data, (0, 0, *whole)) is None:
+                decode(data, place)
+            if pixels is not None:
+                encoded(pixels, QUALITY)
+
+    def own() -> None:
+        for data, place, small, _ in work:
+            maker.decoded(data, place)
+            if small is not None:
+                maker.encoded(small)
+
+    return {"plain": plain, "own": own}
+
+
+def at_work(
+    core: int, cores: int, root: Path, folder: Path, count: int, rounds: int, meet: Barrier, tell: Queue
+) -> None:
+    """One process of `on_all_cores`: its share of the photos by each side, after one round to warm up."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    share = list_photos(root, None).parts["train"][:count][core::cores]
+    maker = Maker(folder, Options(SHRINK, QUALITY), find_library())
+    sides = {"prepare": lambda: maker.make(Job("train", core, 0, share)), **codecs_alone(maker, share)}
+    for turn in range(-1, rounds):
+        for name in list(sides) if turn % 2 else list(reversed(sides)):
+            meet.wait()
+            wall, busy = time.perf_counter(), time.process_time()
+            sides[name]()
+            busy = time.process_time() - busy
+            meet.wait()
+            tell.put((turn, name, time.perf_counter() - wall, busy))
+
+
+def on_all_cores(root: Path, folder: Path, count: int, rounds: int) -> dict[str, float]:
+    """`prepare` against decode plus encode alone, each on all cores at once, in turns: times as fast.
+
+    By the clock on the wall, which shows waiting for the disk and for the slowest process; and by processor time.
+    """
+    cores, context = len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")
+    (folder / WORK).mkdir(parents=True)
+    meet, tell = context.Barrier(cores), context.Queue()
+    arguments = cores, root, folder, count, rounds, meet, tell
+    processes = [context.Process(target=at_work, args=(core, *arguments), daemon=True) for core in range(cores)]
+    for process in processes:
+        process.start()
+    wall, busy = defaultdict(float), defaultdict(float)
+    for _ in range(cores * (1 + rounds) * 3):
+        turn, name, elapsed, used = tell.get(timeout=600)
+        wall[turn, name] = max(wall[turn, name], elapsed)
+        busy[turn, name] += used
+    for process in processes:
+        process.join()
+
+    def against(side: str, spent: dict[tuple[int, str], float]) -> float:
+        return statistics.median(spent[turn, side] / spent[turn, "prepare"] for turn in range(rounds))
+
+    return {
+        "prepare_processes": cores,
+        "prepare_images_per_s": count / statistics.median(wall[turn, "prepare"] for turn in range(rounds)),
+        "prepare_x_decode_and_encode": against("plain", wall),
+        "prepare_x_own_codecs": against("own", wall),
+        "prepare_x_decode_and_encode_processor_time": against("plain", busy),
+        "prepare_x_own_codecs_processor_time": against("own", busy),
+    }
 
 
 def pixel_difference(root: Path, count: int) -> dict[str, float]:
@@ -233,17 +292,12 @@ def measure(root: Path, rounds: int, count: int, say: Callable[[str], None]) -> 
         raise ValueError("no TurboJPEG library of version 3 here: pip install turbojpeg")
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as scratch:
         plain, small = Path(scratch) / "photos", Path(scratch) / "shrunk"
-        prepare_s, alone_s = [], []
         folder = ImageNetFolder(str(root), SIZE, workers=0)
         store = folder.train.cutter.store
         count = min(count, len(store.labels))
         blobs = [store.read(file) for file in range(count)]
         make_shards(root, plain, Options(photos_per_shard=PER_SHARD))
-        for turn in range(3):
-            into = Path(scratch) / f"shrunk-{turn}"
-            alone_s.append([seconds / count for seconds in decode_and_encode(blobs)])
-            prepare_s.append(make_shards(root, into, Options(SHRINK, QUALITY, True, PER_SHARD)) / len(store.labels))
-        into.rename(small)
+        make_shards(root, small, Options(SHRINK, QUALITY, True, PER_SHARD))
         sides = {
             "reference": reference(root, count),
             "ours": ours(folder, count),
@@ -275,22 +329,24 @@ def measure(root: Path, rounds: int, count: int, say: Callable[[str], None]) -> 
             "sequential_bytes_per_s": sequential_rate(plain),
             "memory_growth_bytes": memory_growth(sides["ours, shards"]),
             "first_batch_s": first_batch_s(small, Path(scratch) / "large"),
-            "prepare_x_decode_and_encode": statistics.median(
-                a / p for (a, _), p in zip(alone_s, prepare_s, strict=True)
-            ),
-            "prepare_x_same_encoder": statistics.median(a / p for (_, a), p in zip(alone_s, prepare_s, strict=True)),
             "photos": count,
             "rounds": rounds,
             "mean_photo_bytes": statistics.mean(map(len, blobs)),
         }
+        result |= on_all_cores(root, Path(scratch) / "all cores", count, rounds)
     difference, rate = result["pixel_difference"], result["sequential_bytes_per_s"]
     say(f"fast path against plain: {difference['mean']:.3f} levels of 255 in the mean, "
         f"{difference['percentile_99']:.0f} at the 99th percentile")  # fmt: skip
     say(f"shards, from disk in order: photos {rate['photos'] / 1e6:.0f} MB/s, files {rate['files'] / 1e6:.0f} MB/s")
     say(f"memory after four further epochs of shards: {result['memory_growth_bytes'] / 1e6:+.1f} MB")
     say(f"first batch of 32 with an index of {IMAGENET:,}: {result['first_batch_s']:.2f} s")
-    say(f"prepare --shrink {SHRINK} against decode plus encode alone: {result['prepare_x_decode_and_encode']:.2f} x; "
-        f"by its own encoder, faster than Pillow's: {result['prepare_x_same_encoder']:.2f} x")  # fmt: skip
+    for name, beside in (
+        ("decode_and_encode", "a whole decode plus Pillow's encoder"),
+        ("own_codecs", "its own codecs"),
+    ):
+        ratio, busy = result[f"prepare_x_{name}"], result[f"prepare_x_{name}_processor_time"]
+        say(f"prepare --shrink {SHRINK} against {beside} alone, {result['prepare_processes']} processes each: "
+            f"{ratio:.2f} x (in processor time {busy:.2f} x)")  # fmt: skip
     return result
 
 

@@ -133,26 +133,26 @@ class Maker:
         return self.turbo.encoded(image, quality) if isinstance(image, Planes) else encoded(image, quality)
 
     def opened(self, photo: Photo) -> bytes | Large | UnreadableImage:
-        """The file's bytes where they stay as they are, or its pixels; an error where no decoder makes sense of it."""
-        shrink = self.options.shrink
         try:
-            data = read(photo)
-            if shrink is None and not self.options.check:
-                return data
-            whole = self.turbo.size(data) if self.turbo else None
-            if shrink is None or (whole and min(whole) <= shrink):
-                if not whole or self.turbo.crop(data, (0, 0, *whole)) is None:
-                    decode(data, photo.place)
-                return data
-            return self.large(data, whole, photo.place)
+            return self.decoded(read(photo), photo.place)
         except UnreadableImage as error:
             return error
 
-    def large(self, data: bytes, whole: tuple[int, int] | None, place: str) -> Large:
-        """A photo that libjpeg-turbo can't read, or whose planes are others, as Pillow's pixels."""
-        image, shrink = None, self.options.shrink
-        if whole:
-            image = self.turbo.planes(data, next((factor for factor in SHRINKS if min(whole) >= factor * shrink), 1))
+    def decoded(self, data: bytes, place: str) -> bytes | Large:
+        """The file's bytes where they stay as they are; UnreadableImage where no decoder makes sense of them.
+
+        Pixels where libjpeg-turbo can't read the photo, or its planes are others.
+        """
+        shrink, turbo = self.options.shrink, self.turbo
+        if shrink is None and not self.options.check:
+            return data
+        whole = turbo.size(data) if turbo else None
+        if shrink is None or (whole and min(whole) <= shrink):
+            if not whole or turbo.crop(data, (0, 0, *whole)) is None:
+                decode(data, place)
+            return data
+        factor = next((factor for factor in SHRINKS if whole and min(whole) >= factor * shrink), 1)
+        image = turbo.planes(data, factor) if whole else None
         if image is None:
             image = np.array(decode(data, place))
             whole = image.shape[1::-1]
