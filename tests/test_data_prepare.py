@@ -173,8 +173,8 @@ def test_how_many_are_worked_on_at_once_changes_nothing(tmp_path, monkeypatch, l
         (root / f"{number:02d}.jpg").write_bytes(data)
     photos, options = list_photos(tmp_path / "photos", None), Options(shrink=45)
     made = []
-    for pixels in (1, 20_000, 1 << 30):
-        monkeypatch.setattr(prepare, "AT_ONCE", pixels)
+    for nbytes in (1, 40_000, 1 << 30):
+        monkeypatch.setattr(prepare, "AT_ONCE", nbytes)
         made.append(list(Maker(tmp_path, options, library).contents(photos.parts["train"])))
     kinds = [isinstance(each, bytes) for each in made[0]]
     assert kinds == [True] * len(READABLE) + [False] * len(BROKEN) + [True] * len(READABLE)
@@ -182,6 +182,17 @@ def test_how_many_are_worked_on_at_once_changes_nothing(tmp_path, monkeypatch, l
         [each if isinstance(each, bytes) else str(each) for each in made[0]]
     ] * 2
     assert {Image.open(io.BytesIO(each)).size for each in made[0] if isinstance(each, bytes)} == {(58, 45)}
+
+
+def test_files_that_stay_as_they_are_do_not_pile_up(tree, tmp_path, monkeypatch):
+    """Of a shard of any length only so many bytes are in memory at once."""
+    photos, maker, read = list_photos(tree, None).parts["train"], Maker(tmp_path, Options(), find_library()), []
+    monkeypatch.setattr(prepare, "AT_ONCE", 2 * max(len(photo.read()) for photo in photos))
+    monkeypatch.setattr(prepare, "read", lambda photo: read.append(photo) or photo.read())
+    contents = maker.contents(photos)
+    next(contents)
+    assert 2 <= len(read) <= 4
+    assert len(list(contents)) == 11 and read == photos
 
 
 def test_what_can_not_be_read_is_left_out_and_reported(tree, tmp_path):

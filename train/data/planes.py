@@ -28,8 +28,8 @@ class Planes:
     across: int
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.height, self.width
+    def nbytes(self) -> int:
+        return self.luma.nbytes + self.colours.nbytes
 
     @classmethod
     def empty(cls, height: int, width: int, down: int, across: int) -> "Planes":

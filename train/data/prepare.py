@@ -27,7 +27,7 @@ from train.data.turbojpeg import SHRINKS, TurboJpeg
 
 WORK = ".prepare"  # records of finished shards, until the index is there
 PADDING = 2 * tarfile.BLOCKSIZE  # the end of a tar
-AT_ONCE = 1 << 22  # pixels: some twenty photos
+AT_ONCE = 12 << 20  # bytes of decoded photos: some twenty of them
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,6 @@ class Large:
     image: Planes | np.ndarray
     height: int
     width: int
-
-    @property
-    def pixels(self) -> int:
-        height, width = self.image.shape[:2]
-        return height * width
 
     def scaled(self) -> Planes | np.ndarray:
         if isinstance(self.image, Planes):
@@ -115,13 +110,16 @@ class Maker:
 
         Some twenty are decoded, then scaled, then encoded: a core's caches hold the code of one of these at a time.
         """
-        waiting, pixels = [], 0
+        waiting, held = [], 0
         for photo in photos:
-            waiting.append(self.opened(photo))
-            pixels += waiting[-1].pixels if isinstance(waiting[-1], Large) else 0
-            if pixels >= AT_ONCE:
+            opened = self.opened(photo)
+            waiting.append(opened)
+            held += (
+                opened.image.nbytes if isinstance(opened, Large) else len(opened) if isinstance(opened, bytes) else 0
+            )
+            if held >= AT_ONCE:
                 yield from self.finished(waiting)
-                waiting, pixels = [], 0
+                waiting, held = [], 0
         yield from self.finished(waiting)
 
     def finished(self, waiting: list[bytes | Large | UnreadableImage]) -> list[bytes | UnreadableImage]:
@@ -159,6 +157,13 @@ class Maker:
         ratio = min(1.0, shrink / min(whole))
         width, height = (max(1, round(side * ratio)) for side in whole)
         return Large(image, height, width)
+
+
+def size(opened: bytes | Large | UnreadableImage) -> int:
+    """Bytes in memory."""
+    if isinstance(opened, Large):
+        return opened.image.nbytes
+    return len(opened) if isinstance(opened, bytes) else 0
 
 
 def read(photo: Photo) -> bytes:

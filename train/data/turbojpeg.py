@@ -107,7 +107,7 @@ class TurboJpeg(threading.local):
         self._library.tj3Set(self._encoder, QUALITY, quality)
         of = self._encoder, starts, planes.width, steps, planes.height
         if self._library.tj3CompressFromYUVPlanes8(*of, byref(start), byref(size)):
-            raise RuntimeError(f"libjpeg-turbo can't encode planes of {planes.shape} at quality {quality}")
+            raise RuntimeError(f"libjpeg-turbo can't encode {planes.width} x {planes.height} at quality {quality}")
         return room[: size.value].tobytes()
 
 
