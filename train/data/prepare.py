@@ -114,9 +114,7 @@ class Maker:
         for photo in photos:
             opened = self.opened(photo)
             waiting.append(opened)
-            held += (
-                opened.image.nbytes if isinstance(opened, Large) else len(opened) if isinstance(opened, bytes) else 0
-            )
+            held += in_memory(opened)
             if held >= AT_ONCE:
                 yield from self.finished(waiting)
                 waiting, held = [], 0
@@ -159,8 +157,8 @@ class Maker:
         return Large(image, height, width)
 
 
-def size(opened: bytes | Large | UnreadableImage) -> int:
-    """Bytes in memory."""
+def in_memory(opened: bytes | Large | UnreadableImage) -> int:
+    """Bytes."""
     if isinstance(opened, Large):
         return opened.image.nbytes
     return len(opened) if isinstance(opened, bytes) else 0
