@@ -77,5 +77,5 @@ def along_columns(planes: np.ndarray, rows: int, factor: float) -> np.ndarray:
     height, *row = planes.shape
     image = torch.from_numpy(planes.reshape(1, height, -1, CHANNELS)).permute(0, 3, 1, 2)
     # what interpolate calls, which takes either a size or a factor, and rounds the size of a factor down
-    image = torch.ops.aten._upsample_bilinear2d_aa(image, [rows, image.shape[3]], False, factor, None)
+    image = torch._C._nn._upsample_bilinear2d_aa(image, [rows, image.shape[3]], False, factor, None)
     return image.permute(0, 2, 3, 1).numpy().reshape(rows, *row)
