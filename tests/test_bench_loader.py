@@ -7,7 +7,8 @@ from scripts import bench_loader
 from train.data.turbojpeg import find_library
 
 KEYS = {
-    "reference_images_per_s_core", "ours_images_per_s_core", "ratio", "shards_ratio", "decode_limit_images_per_s_core"
+    "reference_images_per_s_core", "ours_images_per_s_core", "ratio", "shards_ratio", "decode_limit_images_per_s_core",
+    "prepare_images_per_s", "prepare_x_decode_and_encode", "prepare_x_own_codecs",
 }  # fmt: skip
 
 

@@ -116,7 +116,7 @@ def test_photos_of_the_users_own_are_as_near(capsys):
     with capsys.disabled():
         for (down, across), each in sorted(found.items()):
             planar, plain = np.mean(each, axis=0)
-            print(f"\n{len(each)} photos, {down} x {across} pixels a sample of colour: {planar:.2f} dB by way of planes, "
+            print(f"\n{len(each)} photos, {down} x {across} pixels to a colour: {planar:.2f} dB by way of planes, "
                   f"{plain:.2f} by way of pixels", end="")  # fmt: skip
     planar, plain = np.concatenate(list(found.values())).T
     assert (planar - plain).mean() > -0.3
