@@ -71,7 +71,7 @@ class TurboJpeg(threading.local):
         if not whole or self._library.tj3DecompressHeader(self._decoder, data, c_size_t(len(data))):
             return None
         width, height, colours, sampling = self._header(WIDTH, HEIGHT, COLOUR_SPACE, SUBSAMPLING)
-        return (width, height) if colours in OF_A_PHOTO and sampling >= 0 else None
+        return (width, height) if colours in OF_A_PHOTO and sampling in range(len(ACROSS)) else None
 
     def crop(self, data: bytes, box: Box, shrink: int = 1) -> np.ndarray | None:
         """uint8 [height, width, 3] of the box, in pixels of the shrunk image."""
