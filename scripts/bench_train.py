@@ -27,6 +27,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from train.memory import keep_freed_memory, preloaded  # noqa: E402
+
 REFERENCE_BATCH = 32  # torchvision's default
 MATMUL_SIZE, QUICK_MATMUL_SIZE, GPU_MATMUL_SIZE = 4096, 1024, 8192
 MESH_SIZE, MESH_BATCH, MESH_CHIPS = 32, 8192, (8, 64, 1024)
@@ -92,7 +96,6 @@ def harness(
     from train.comm.groups import SingleGroup
     from train.data.order import Order
     from train.data.synthetic import Synthetic
-    from train.memory import keep_freed_memory
     from train.metrics import JsonlSink
     from train.models.chip_norm import allocate_chips
     from train.models.passes import images_per_pass, plan_passes
@@ -161,8 +164,6 @@ def tax(pace: Callable[[], None], cases: list, repeats: int, device: str) -> Non
     """The chip tax of each case, as the answer to the first turn."""
     from bench_chip_norm import chip_tax
 
-    from train.memory import keep_freed_memory
-
     keep_freed_memory()
     for size, chips, chip_batch, target in cases:
         pace(row=chip_tax(size, chips, chip_batch, repeats, device) | {"target": target})
@@ -201,12 +202,13 @@ class Side:
 
     def __init__(self, side: str, threads: int, warmup: int = 2, **arguments: object) -> None:
         task = json.dumps({"side": side, "threads": threads, "warmup": warmup, "arguments": arguments})
+        allocator = preloaded() if side == "harness" else {}  # as launch.run gives it to its workers
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--side", task],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)},
+            env=os.environ | allocator | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)},
             text=True,
         )
 
@@ -251,7 +253,6 @@ def run_side(task: dict) -> None:
 
 def bench_steps(options: argparse.Namespace, say: Callable[[str], None]) -> dict:
     """Images/s of every side, for each chip batch."""
-    sys.path.insert(0, str(ROOT))
     from train.sim.workload import resnet as table
 
     flops = table(options.depth, "imagenet", options.image_size, 1000).training_flops
