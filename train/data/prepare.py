@@ -26,6 +26,7 @@ from train.data.shards import ENTRY, FORMAT, INDEX, shard_name
 from train.data.turbojpeg import SHRINKS, TurboJpeg
 
 WORK = ".prepare"  # records of finished shards, until the index is there
+METHOD = "planes"  # of shrinking; another one makes other bytes, and never goes on with these
 PADDING = 2 * tarfile.BLOCKSIZE  # the end of a tar
 AT_ONCE = 12 << 20  # bytes of decoded photos: some twenty of them
 
@@ -218,12 +219,12 @@ def begin(folder: Path, photos: Photos, options: Options, jobs: list[Job]) -> li
     (folder / WORK).mkdir(parents=True, exist_ok=True)
     for path in [*folder.glob("*.part"), *(folder / WORK).glob("*.part")]:
         path.unlink(missing_ok=True)
-    digest = hashlib.sha256(json.dumps([photos.classes, asdict(options)]).encode())
+    digest = hashlib.sha256(json.dumps([METHOD, photos.classes, asdict(options)]).encode())
     for job in jobs:
         digest.update(json.dumps([(photo.name, photo.label, photo.size) for photo in job.photos]).encode())
     identity = folder / WORK / "plan"
     if identity.is_file() and identity.read_text() != digest.hexdigest():
-        raise ValueError(f"DST={folder} holds shards of other photos or other options: take an empty folder")
+        raise ValueError(f"DST={folder} holds shards of other photos, other options or an older version: take an empty folder")
     if not identity.is_file() and any(folder.glob("*.tar")):
         raise ValueError(f"DST={folder} holds tars that are not from here: take an empty folder")
     write_aside(identity, digest.hexdigest().encode())
