@@ -230,9 +230,9 @@ def test_an_interrupted_making_goes_on_and_ends_the_same(tree, tmp_path):
 
 def test_other_options_or_photos_are_refused(tree, tmp_path):
     packed(tree, tmp_path / "shards", jobs=1)
-    with pytest.raises(ValueError, match="holds shards of other photos, other options"):
+    with pytest.raises(ValueError, match="holds shards of other photos, options"):
         packed(tree, tmp_path / "shards", quality=50)
-    with pytest.raises(ValueError, match="holds shards of other photos, other options"):
+    with pytest.raises(ValueError, match="holds shards of other photos, options"):
         packed(tree / "val", tmp_path / "shards")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "backup.tar").touch()

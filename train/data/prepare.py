@@ -224,7 +224,7 @@ def begin(folder: Path, photos: Photos, options: Options, jobs: list[Job]) -> li
         digest.update(json.dumps([(photo.name, photo.label, photo.size) for photo in job.photos]).encode())
     identity = folder / WORK / "plan"
     if identity.is_file() and identity.read_text() != digest.hexdigest():
-        raise ValueError(f"DST={folder} holds shards of other photos, other options or an older version: take an empty folder")
+        raise ValueError(f"DST={folder} holds shards of other photos, options or another version: use an empty folder")
     if not identity.is_file() and any(folder.glob("*.tar")):
         raise ValueError(f"DST={folder} holds tars that are not from here: take an empty folder")
     write_aside(identity, digest.hexdigest().encode())
