@@ -8,7 +8,7 @@ gloo    torch's own ring
 plan    our ring, by messages over gloo
 shm     shared memory and, where the kernel lets workers do so, reading each other's (the buffer is private)
 copies  shared memory alone, with copies in and out
-shared  shared memory in which the terms already lie, and the result is left there (how training uses it)
+shared  shared memory in which the terms already lie, and the sum takes the place of the first (how training uses it)
 copy    what memory allows: every worker copies a buffer of its own from one place to another, all at once
 
 A turn's time is that of its slowest worker; seconds are medians over the turns, ratios medians of each turn's ratio.
@@ -56,21 +56,22 @@ def candidates(rank: int, workers: int, store: Any, nbytes: int, piece_kib: int 
         rank, workers, PrefixStore("copies", where[ShmGroup]), "cpu", piece_kib=piece_kib, read_memory=False
     )
     value, other = torch.ones(nbytes // 4), torch.empty(nbytes // 4)
-    *parts, result = shm.shared([len(value)] * (workers + 1), torch.float32)
+    parts = shm.shared([len(value)] * workers, torch.float32)
     parts[rank].fill_(1.0)
     summed = torch.ones(nbytes // 4)
     for group in (gloo, plan, shm, copies):
         group.all_reduce(summed.fill_(1.0))
         assert (summed == workers).all()
-    shm.sum_shared(parts, [result])
-    assert (result == workers).all()
+    shm.sum_shared(parts)
+    assert (parts[0] == workers).all()
+    parts[rank].zero_()
     value.zero_()  # stays finite however often it is summed
     return {
         "gloo": lambda: gloo.all_reduce(value),
         "plan": lambda: plan.all_reduce(value),
         "shm": lambda: shm.all_reduce(value),
         "copies": lambda: copies.all_reduce(value),
-        "shared": lambda: shm.sum_shared(parts, [result]),
+        "shared": lambda: shm.sum_shared(parts),
         "copy": lambda: other.copy_(value),
     }
 

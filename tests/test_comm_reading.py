@@ -14,14 +14,14 @@ from train.comm.shm_group import slices
 
 def test_a_process_reads_what_lies_at_an_address():
     there, here = torch.arange(100_000), torch.zeros(70_000, dtype=torch.int64)
-    read(os.getpid(), there.data_ptr() + 8 * 1000, here)
+    read(os.getpid(), there.data_ptr() + 8 * 1000, here.data_ptr(), here.nbytes)
     assert torch.equal(here, there[1000:71_000])
-    read(os.getpid(), 0, here[:0])  # nothing
+    read(os.getpid(), 0, here.data_ptr(), 0)  # nothing
 
 
 def test_memory_that_is_not_there_is_an_error_and_no_permission():
     with pytest.raises(OSError, match=f"process {os.getpid()}'s memory can't be read: Bad address"):
-        read(os.getpid(), 8, torch.zeros(1))
+        read(os.getpid(), 8, torch.zeros(1).data_ptr(), 4)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     readable, other = Readable(), torch.zeros(1, dtype=torch.int64)

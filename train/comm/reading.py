@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from train.comm.arrays import add, array
+
 BLOCK_BYTES = 512 << 10
 """What is read and added at a time; two of them stay in a core's cache."""
 MAGIC = 0x5EED_2F0B_41C7_9D36
@@ -33,18 +35,18 @@ def may_read(words: str) -> bool:
     process, address = map(int, words.split())
     found = torch.zeros(1, dtype=torch.int64)
     try:
-        read(process, address, found)
+        read(process, address, found.data_ptr(), found.nbytes)
     except (OSError, AttributeError):  # refused; or a C library that has no such function
         return False
     return found.item() == MAGIC
 
 
-def read(process: int, address: int, into: Tensor) -> None:
-    """Fill a contiguous tensor with what lies at an address of another process. OSError where that can't be."""
-    done, nbytes = 0, into.nbytes
+def read(process: int, there: int, here: int, nbytes: int) -> None:
+    """From an address of another process to one of this process. OSError where that can't be."""
+    done = 0
     while done < nbytes:
-        here, there = (_Span(base + done, nbytes - done) for base in (into.data_ptr(), address))
-        count = _libc().process_vm_readv(process, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
+        to, source = (_Span(base + done, nbytes - done) for base in (here, there))
+        count = _libc().process_vm_readv(process, ctypes.byref(to), 1, ctypes.byref(source), 1, 0)
         if count <= 0:
             number = ctypes.get_errno()
             raise OSError(number, f"process {process}'s memory can't be read: {os.strerror(number)}")
@@ -56,38 +58,47 @@ class Neighbours:
 
     def __init__(self, rank: int, processes: list[int]) -> None:
         self._rank, self._processes = rank, processes
-        self._scratch: dict[torch.dtype, Tensor] = {}
+        self._scratch = torch.empty(2, BLOCK_BYTES, dtype=torch.uint8)
 
     def add_up(self, elements: Tensor, cuts: list[slice], starts: list[int]) -> None:
         """This rank's slice of `elements`: the sum over all ranks, whose vectors lie at `starts`, rank after rank.
 
         Only its own slice is written, which no other rank reads meanwhile.
         """
-        mine, length = cuts[self._rank], BLOCK_BYTES // elements.element_size()
-        if elements.dtype not in self._scratch:
-            self._scratch[elements.dtype] = torch.empty(2, length, dtype=elements.dtype)
-        scratch = self._scratch[elements.dtype]
-        for first in range(mine.start, mine.stop, length):
-            own = elements[first : min(first + length, mine.stop)]
-            sums, part = scratch[:, : len(own)].unbind()
+        mine, size = cuts[self._rank], elements.element_size()
+        own = array(elements[mine])
+        scratch = self._scratch.view(elements.dtype)
+        before, part = map(array, scratch)
+        before_at, part_at = (row.data_ptr() for row in scratch)
+        length = BLOCK_BYTES // size
+        for first in range(0, len(own), length):
+            block = own[first : first + length]
+            count = len(block)
+            total = None
             for peer, start in enumerate(starts):
-                address = start + first * elements.element_size()
-                if peer != self._rank:
-                    self._read(peer, address, part if peer else sums)
+                there = start + (mine.start + first) * size
                 if peer == self._rank:
-                    sums = torch.add(sums, own, out=own) if peer else own
-                elif peer:
-                    sums.add_(part)
+                    if total is not None:
+                        add(total, block, block)
+                    total = block
+                elif total is None:
+                    self._read(peer, there, before_at, count * size)
+                    total = before[:count]
+                else:
+                    self._read(peer, there, part_at, count * size)
+                    add(total, part[:count], total)
 
     def fetch(self, elements: Tensor, cuts: list[slice], starts: list[int]) -> None:
         """The other ranks' slices, from where they lie."""
+        here, size = elements.data_ptr(), elements.element_size()
         for peer, cut in enumerate(cuts):
             if peer != self._rank:
-                self._read(peer, starts[peer] + cut.start * elements.element_size(), elements[cut])
+                offset = cut.start * size
+                self._read(peer, starts[peer] + offset, here + offset, (cut.stop - cut.start) * size)
 
-    def _read(self, peer: int, address: int, into: Tensor) -> None:
+    def _read(self, peer: int, there: int, here: int, nbytes: int) -> None:
         try:
-            read(self._processes[peer], address, into)
+            read(self._processes[peer], there, here, nbytes)
         except OSError as error:
             raise RuntimeError(f"rank {peer}: {error}") from error
 
