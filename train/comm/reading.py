@@ -1,12 +1,15 @@
 """Reading another process's memory: process_vm_readv of Linux (3.2) copies once, where shared memory needs two copies.
 
 The kernel allows it to processes of one user unless it is told not to (Yama's ptrace_scope, a container's rules), so
-ranks try it before they rely on it.
+ranks try it before they rely on it. What it costs more than a copy is by the page, so that buffers that come again are
+put into huge pages (MADV_COLLAPSE of Linux 6.1), where their owner's system lets them be.
 """
 
 import ctypes
 import os
+from collections import Counter
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +18,10 @@ from train.comm.arrays import add, array
 
 BLOCK_BYTES = 512 << 10
 """What is read and added at a time; two of them stay in a core's cache."""
+PAGES = Path("/sys/kernel/mm/transparent_hugepage")
+COLLAPSE = 25
+"""madvise's MADV_COLLAPSE."""
+REMEMBERED = 1000
 MAGIC = 0x5EED_2F0B_41C7_9D36
 
 
@@ -41,6 +48,18 @@ def may_read(words: str) -> bool:
     return found.item() == MAGIC
 
 
+def enlarge_pages(address: int, nbytes: int) -> None:
+    """Put this memory into huge pages as far as it fills them; where the kernel can't, or may not, nothing changes."""
+    try:
+        huge = int((PAGES / "hpage_pmd_size").read_text())
+        forbidden = "[never]" in (PAGES / "enabled").read_text()
+    except OSError:  # a kernel without them
+        return
+    first, last = -(-address // huge) * huge, (address + nbytes) // huge * huge
+    if first < last and not forbidden:
+        _libc().madvise(first, last - first, COLLAPSE)
+
+
 def read(process: int, there: int, here: int, nbytes: int) -> None:
     """From an address of another process to one of this process. OSError where that can't be."""
     done = 0
@@ -59,6 +78,7 @@ class Neighbours:
     def __init__(self, rank: int, processes: list[int]) -> None:
         self._rank, self._processes = rank, processes
         self._scratch = torch.empty(2, BLOCK_BYTES, dtype=torch.uint8)
+        self._came: Counter[tuple[int, int]] = Counter()
 
     def add_up(self, elements: Tensor, cuts: list[slice], starts: list[int]) -> None:
         """This rank's slice of `elements`: the sum over all ranks, whose vectors lie at `starts`, rank after rank.
@@ -88,6 +108,15 @@ class Neighbours:
                     self._read(peer, there, part_at, count * size)
                     add(total, part[:count], total)
 
+    def prepare(self, elements: Tensor) -> None:
+        """To be read by others: the second time it comes, which it then may do often, it is put into huge pages."""
+        if len(self._came) > REMEMBERED:
+            self._came.clear()
+        where = elements.data_ptr(), elements.nbytes
+        self._came[where] += 1
+        if self._came[where] == 2:
+            enlarge_pages(*where)
+
     def fetch(self, elements: Tensor, cuts: list[slice], starts: list[int]) -> None:
         """The other ranks' slices, from where they lie."""
         here, size = elements.data_ptr(), elements.element_size()
@@ -107,6 +136,7 @@ class Neighbours:
 def _libc() -> ctypes.CDLL:
     """Its calls let other threads run meanwhile."""
     libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.process_vm_readv.restype = ctypes.c_ssize_t
     span = ctypes.POINTER(_Span)
     libc.process_vm_readv.argtypes = [ctypes.c_int, *2 * [span, ctypes.c_ulong], ctypes.c_ulong]

@@ -160,6 +160,7 @@ class ShmGroup:
 
     def _sum_where_they_lie(self, elements: Tensor) -> None:
         """A rank writes its own slice, which nobody else reads before all have met, and then only the others'."""
+        self._neighbours.prepare(elements)
         self._meeting.meet("all_reduce", signed=True)
         starts = self._meeting.addresses()
         cuts = slices(len(elements), self.world_size)
