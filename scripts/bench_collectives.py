@@ -3,11 +3,13 @@
     python scripts/bench_collectives.py [--json] [--workers 2 4 8] [--repetitions 11] [--bytes 102228128 4096]
                                         [--piece-kib 1024]
 
-An all-reduce of contiguous fp32, by default the gradients of ResNet-50 and 4 KB; one thread a worker.
+An all-reduce of contiguous fp32, by default the gradients of ResNet-50 and 4 KB; one thread a worker. Each but `huge`
+has a buffer of its own, and torch allocates all of them alike.
 gloo    torch's own ring
 plan    our ring, by messages over gloo
 shm     shared memory and, where the kernel lets workers do so, reading each other's (the buffer is private)
 copies  shared memory alone, with copies in and out
+huge    gloo with the buffer of `shm`, which has put it into huge pages: what of its speed gloo could have too
 shared  shared memory in which the terms already lie, and the sum takes the place of the first (how training uses it)
 copy    what memory allows: every worker copies a buffer of its own from one place to another, all at once
 
@@ -36,7 +38,7 @@ AIMS = {
     ("shm", "small"): {2: 5, 4: 10, 8: 10},
     ("plan", "large"): {2: 1 / 1.4, 4: 1 / 1.1, 8: 1 / 1.1},
 }
-CANDIDATES = ("gloo", "plan", "shm", "copies", "shared", "copy")
+CANDIDATES = ("gloo", "plan", "shm", "huge", "copies", "shared", "copy")
 SMALL_UP_TO, LARGE_FROM = 4096, 100e6
 
 
@@ -55,24 +57,26 @@ def candidates(rank: int, workers: int, store: Any, nbytes: int, piece_kib: int 
     copies = ShmGroup(
         rank, workers, PrefixStore("copies", where[ShmGroup]), "cpu", piece_kib=piece_kib, read_memory=False
     )
-    value, other = torch.ones(nbytes // 4), torch.empty(nbytes // 4)
-    parts = shm.shared([len(value)] * workers, torch.float32)
+    groups = {"gloo": gloo, "plan": plan, "shm": shm, "copies": copies}
+    buffers = {name: torch.ones(nbytes // 4) for name in (*groups, "from", "to")}
+    for name, group in groups.items():
+        group.all_reduce(buffers[name])
+        assert (buffers[name] == workers).all()
+        buffers[name].zero_()  # stays finite however often it is summed
+    parts = shm.shared([nbytes // 4] * workers, torch.float32)
     parts[rank].fill_(1.0)
-    summed = torch.ones(nbytes // 4)
-    for group in (gloo, plan, shm, copies):
-        group.all_reduce(summed.fill_(1.0))
-        assert (summed == workers).all()
     shm.sum_shared(parts)
     assert (parts[0] == workers).all()
+    shm.barrier()
     parts[rank].zero_()
-    value.zero_()  # stays finite however often it is summed
     return {
-        "gloo": lambda: gloo.all_reduce(value),
-        "plan": lambda: plan.all_reduce(value),
-        "shm": lambda: shm.all_reduce(value),
-        "copies": lambda: copies.all_reduce(value),
+        "gloo": lambda: gloo.all_reduce(buffers["gloo"]),
+        "plan": lambda: plan.all_reduce(buffers["plan"]),
+        "shm": lambda: shm.all_reduce(buffers["shm"]),
+        "huge": lambda: gloo.all_reduce(buffers["shm"]),
+        "copies": lambda: copies.all_reduce(buffers["copies"]),
         "shared": lambda: shm.sum_shared(parts),
-        "copy": lambda: other.copy_(value),
+        "copy": lambda: buffers["to"].copy_(buffers["from"]),
     }
 
 

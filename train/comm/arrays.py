@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 256 << 10
-"""What is added at a time where there are more than two terms: it stays in a core's cache from sum to sum."""
+"""What is added at a time: the sum stays in a core's cache from term to term, and what has been read until it is added.
+"""
 
 
 def array(tensor: Tensor) -> Any:

@@ -14,10 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from train.comm.arrays import add, array
+from train.comm.arrays import BLOCK_BYTES, add, array
 
-BLOCK_BYTES = 512 << 10
-"""What is read and added at a time; two of them stay in a core's cache."""
 PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 COLLAPSE = 25
 """madvise's MADV_COLLAPSE."""
