@@ -76,7 +76,7 @@ class Meeting:
         since = monotonic()
 
         def check() -> None:
-            absent = (peer for peer in range(n) if self._meeting_of[peer] < self._meeting)
+            absent = (peer for peer in range(n) if peer != rank and self._meeting_of[peer] < self._meeting)
             self._peers.check_waiting(operation, next(absent, self._state[LATEST]), since)
 
         self._lock.wait(check, self._spin_s)
