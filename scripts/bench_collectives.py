@@ -19,6 +19,7 @@ A turn's time is that of its slowest worker; seconds are medians over the turns,
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -89,6 +90,8 @@ def work(
     from train.comm.shm_group import ShmGroup
 
     torch.set_num_threads(1)
+    processors = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {processors[rank % len(processors)]})
     store = TCPStore("127.0.0.1", port, workers, is_master=False, wait_for_workers=False)
     pace = ShmGroup(rank, workers, store, "cpu")
     for nbytes in sizes:

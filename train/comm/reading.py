@@ -21,10 +21,8 @@ COLLAPSE = 25
 """madvise's MADV_COLLAPSE."""
 REMEMBERED = 1000
 MAGIC = 0x5EED_2F0B_41C7_9D36
-
-
-class _Span(ctypes.Structure):
-    _fields_ = [("base", ctypes.c_void_p), ("nbytes", ctypes.c_size_t)]
+SPANS = ctypes.c_size_t * 4
+"""Two of the kernel's (address, bytes): here and there."""
 
 
 class Readable:
@@ -62,8 +60,9 @@ def read(process: int, there: int, here: int, nbytes: int) -> None:
     """From an address of another process to one of this process. OSError where that can't be."""
     done = 0
     while done < nbytes:
-        to, source = (_Span(base + done, nbytes - done) for base in (here, there))
-        count = _libc().process_vm_readv(process, ctypes.byref(to), 1, ctypes.byref(source), 1, 0)
+        spans = SPANS(here + done, nbytes - done, there + done, nbytes - done)
+        at = ctypes.addressof(spans)
+        count = _libc().process_vm_readv(process, at, 1, at + ctypes.sizeof(spans) // 2, 1, 0)
         if count <= 0:
             number = ctypes.get_errno()
             raise OSError(number, f"process {process}'s memory can't be read: {os.strerror(number)}")
@@ -136,6 +135,5 @@ def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.process_vm_readv.restype = ctypes.c_ssize_t
-    span = ctypes.POINTER(_Span)
-    libc.process_vm_readv.argtypes = [ctypes.c_int, *2 * [span, ctypes.c_ulong], ctypes.c_ulong]
+    libc.process_vm_readv.argtypes = [ctypes.c_int, *2 * [ctypes.c_void_p, ctypes.c_ulong], ctypes.c_ulong]
     return libc

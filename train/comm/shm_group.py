@@ -50,12 +50,7 @@ class ShmGroup:
     ) -> None:
         if not device.startswith("cpu"):
             raise ValueError(f"backend=shm moves CPU memory only, and device={device}; use backend=nccl or device=cpu")
-        alone = world_size <= len(os.sched_getaffinity(0))
-        if piece_kib is None:
-            # What a core has just written is slow to read for another one, and a barrier costs workers that share
-            # processors their turns: large pieces, as far as memory goes.
-            piece_kib = 1024 if alone and world_size > FEW else 4096
-        if piece_kib < 64:
+        if piece_kib is not None and piece_kib < 64:
             raise ValueError(f"backend.piece_kib={piece_kib} must be at least 64")
         self.rank, self.world_size = rank, world_size
         self._settings = device, timeout_s, piece_kib
@@ -64,14 +59,17 @@ class ShmGroup:
         self._peers = Peers("shm", rank, world_size, self._store, timeout_s, within)
         self._turns = Turns(self._peers)
         self._subgroups = self._segments = self._piece = 0
-        self._piece_bytes = piece_kib << 10
-        self._spin_s = SPIN_S if alone else CROWDED_SPIN_S
         if (nodes := len(set(self._peers.nodes))) > 1:
             self._peers.close()
             raise ValueError(
                 f"backend=shm: the workers run on {nodes} nodes, without common memory; use backend=hybrid"
             )
         try:
+            alone = world_size <= self._processors()
+            self._spin_s = SPIN_S if alone else CROWDED_SPIN_S
+            # What a core has just written is slow to read for another one, and a barrier costs workers that share
+            # processors their turns: large pieces, as far as memory goes.
+            self._piece_bytes = (piece_kib or (1024 if alone and world_size > FEW else 4096)) << 10
             self._lay_out()
         except BaseException:
             self._peers.abort()
@@ -92,6 +90,14 @@ class ShmGroup:
         self._segment.close_file()
         if n > 1:
             self._try_reading()
+
+    def _processors(self) -> int:
+        """On which any of the ranks may run: each may be bound to its own."""
+        mine = os.sched_getaffinity(0)
+        if self.world_size == 1:
+            return len(mine)
+        told = self._told("processors", " ".join(map(str, mine)))
+        return len({number for numbers in told for number in numbers.split()})
 
     def _try_reading(self) -> None:
         """All ranks read each other's memory, or none does."""
