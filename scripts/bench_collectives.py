@@ -3,8 +3,8 @@
     python scripts/bench_collectives.py [--json] [--workers 2 4 8] [--repetitions 11] [--bytes 102228128 4096]
                                         [--piece-kib 1024]
 
-An all-reduce of contiguous fp32, by default the gradients of ResNet-50 and 4 KB; one thread a worker. Each but `huge`
-has a buffer of its own, and torch allocates all of them alike.
+An all-reduce of contiguous fp32, by default the gradients of ResNet-50 and 4 KB. A worker has one thread and is bound
+to one processor, which it shares where there are fewer. Each backend has a buffer of its own, allocated by torch alike.
 gloo    torch's own ring
 plan    our ring, by messages over gloo
 shm     shared memory and, where the kernel lets workers do so, reading each other's (the buffer is private)
