@@ -23,7 +23,7 @@ from train.comm.segment import CROWDED_SPIN_S, SPIN_S, Segment
 from train.comm.turns import Turns, check_rank, check_summed, flat
 
 IN_HAND = 3
-SMALL_BYTES = 32 << 10
+SMALL_BYTES = LEAST_PIECE_BYTES = 64 << 10
 """Up to here one rank adds up everything, which saves a barrier."""
 FEW = 8
 """Workers up to which a group takes much memory for each."""
@@ -50,8 +50,8 @@ class ShmGroup:
     ) -> None:
         if not device.startswith("cpu"):
             raise ValueError(f"backend=shm moves CPU memory only, and device={device}; use backend=nccl or device=cpu")
-        if piece_kib is not None and piece_kib < 64:
-            raise ValueError(f"backend.piece_kib={piece_kib} must be at least 64")
+        if piece_kib is not None and piece_kib << 10 < LEAST_PIECE_BYTES:
+            raise ValueError(f"backend.piece_kib={piece_kib} must be at least {LEAST_PIECE_BYTES >> 10}")
         self.rank, self.world_size = rank, world_size
         self._settings = device, timeout_s, piece_kib
         self._read_memory, self._neighbours = read_memory, None
