@@ -3,12 +3,14 @@
     python scripts/bench_collectives.py [--json] [--workers 2 4 8] [--repetitions 11] [--bytes 102228128 4096]
                                         [--piece-kib 1024]
 
-An all-reduce of contiguous fp32, by default the gradients of ResNet-50 and 4 KB; one thread a worker.
+An all-reduce of contiguous fp32, by default the gradients of ResNet-50 and 4 KB. A worker has one thread and is bound
+to one processor, which it shares where there are fewer. Each backend has a buffer of its own, allocated by torch alike.
 gloo    torch's own ring
 plan    our ring, by messages over gloo
 shm     shared memory and, where the kernel lets workers do so, reading each other's (the buffer is private)
 copies  shared memory alone, with copies in and out
-shared  shared memory in which the terms already lie, and the result is left there (how training uses it)
+huge    gloo with the buffer of `shm`, which has put it into huge pages: what of its speed gloo could have too
+shared  shared memory in which the terms already lie, and the sum takes the place of the first (how training uses it)
 copy    what memory allows: every worker copies a buffer of its own from one place to another, all at once
 
 A turn's time is that of its slowest worker; seconds are medians over the turns, ratios medians of each turn's ratio.
@@ -17,6 +19,7 @@ A turn's time is that of its slowest worker; seconds are medians over the turns,
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -36,7 +39,7 @@ AIMS = {
     ("shm", "small"): {2: 5, 4: 10, 8: 10},
     ("plan", "large"): {2: 1 / 1.4, 4: 1 / 1.1, 8: 1 / 1.1},
 }
-CANDIDATES = ("gloo", "plan", "shm", "copies", "shared", "copy")
+CANDIDATES = ("gloo", "plan", "shm", "huge", "copies", "shared", "copy")
 SMALL_UP_TO, LARGE_FROM = 4096, 100e6
 
 
@@ -55,23 +58,26 @@ def candidates(rank: int, workers: int, store: Any, nbytes: int, piece_kib: int 
     copies = ShmGroup(
         rank, workers, PrefixStore("copies", where[ShmGroup]), "cpu", piece_kib=piece_kib, read_memory=False
     )
-    value, other = torch.ones(nbytes // 4), torch.empty(nbytes // 4)
-    *parts, result = shm.shared([len(value)] * (workers + 1), torch.float32)
+    groups = {"gloo": gloo, "plan": plan, "shm": shm, "copies": copies}
+    buffers = {name: torch.ones(nbytes // 4) for name in (*groups, "from", "to")}
+    for name, group in groups.items():
+        group.all_reduce(buffers[name])
+        assert (buffers[name] == workers).all()
+        buffers[name].zero_()  # stays finite however often it is summed
+    parts = shm.shared([nbytes // 4] * workers, torch.float32)
     parts[rank].fill_(1.0)
-    summed = torch.ones(nbytes // 4)
-    for group in (gloo, plan, shm, copies):
-        group.all_reduce(summed.fill_(1.0))
-        assert (summed == workers).all()
-    shm.sum_shared(parts, [result])
-    assert (result == workers).all()
-    value.zero_()  # stays finite however often it is summed
+    shm.sum_shared(parts)
+    assert (parts[0] == workers).all()
+    shm.barrier()
+    parts[rank].zero_()
     return {
-        "gloo": lambda: gloo.all_reduce(value),
-        "plan": lambda: plan.all_reduce(value),
-        "shm": lambda: shm.all_reduce(value),
-        "copies": lambda: copies.all_reduce(value),
-        "shared": lambda: shm.sum_shared(parts, [result]),
-        "copy": lambda: other.copy_(value),
+        "gloo": lambda: gloo.all_reduce(buffers["gloo"]),
+        "plan": lambda: plan.all_reduce(buffers["plan"]),
+        "shm": lambda: shm.all_reduce(buffers["shm"]),
+        "huge": lambda: gloo.all_reduce(buffers["shm"]),
+        "copies": lambda: copies.all_reduce(buffers["copies"]),
+        "shared": lambda: shm.sum_shared(parts),
+        "copy": lambda: buffers["to"].copy_(buffers["from"]),
     }
 
 
@@ -84,6 +90,8 @@ def work(
     from train.comm.shm_group import ShmGroup
 
     torch.set_num_threads(1)
+    processors = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {processors[rank % len(processors)]})
     store = TCPStore("127.0.0.1", port, workers, is_master=False, wait_for_workers=False)
     pace = ShmGroup(rank, workers, store, "cpu")
     for nbytes in sizes:

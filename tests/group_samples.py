@@ -36,13 +36,22 @@ def make(backend: str, rank: int, world_size: int, store: Any, prefix: str) -> A
     return emulator.make(node, rank=rank, world_size=world_size, store=store, device="cpu")
 
 
+PERIOD = 7
+
+
 def numbers(rank: int, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Whole numbers from 0 to 6: sums over up to 18 ranks are exact in int8, and over 42 in bfloat16."""
-    return (torch.arange(count) * (rank + 3) % 7).to(dtype)
+    return tiled(torch.arange(PERIOD) * (rank + 3) % PERIOD, count, dtype)
 
 
 def summed(ranks: range | list[int], count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return sum(numbers(rank, count, torch.int64) for rank in ranks).to(dtype)
+    return tiled(sum(numbers(rank, PERIOD, torch.int64) for rank in ranks), count, dtype)
+
+
+def tiled(period: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Many periods at a time, which takes a tenth of the time of one by one."""
+    times = min(4096, -(-count // PERIOD))
+    return period.to(dtype).repeat(times).repeat(-(-count // max(1, times * PERIOD)))[:count]
 
 
 def equal(ours: Tensor, expected: Tensor) -> None:

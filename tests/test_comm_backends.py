@@ -69,6 +69,20 @@ def test_shared_memory_between_nodes_is_refused():
         assert text == "backend=shm: the workers run on 2 nodes, without common memory; use backend=hybrid"
 
 
+def bound_to_one(rank: int, world_size: int, store) -> tuple[int, float]:
+    """(Processors of the machine, how long a rank spins that is bound to one of them.)"""
+    processors = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {processors[rank % len(processors)]})
+    group = ShmGroup(rank, world_size, store, "cpu")
+    group.close()
+    return len(processors), group._spin_s
+
+
+def test_ranks_that_are_bound_to_a_processor_each_do_not_share_them():
+    for processors, spin_s in run_ranks(2, bound_to_one):
+        assert spin_s == (segment.SPIN_S if processors >= 2 else segment.CROWDED_SPIN_S)
+
+
 def with_too_little_memory(rank: int, world_size: int, store) -> list[str]:
     """Before anything is made, and for gradients that don't fit."""
     texts = []

@@ -1,5 +1,6 @@
 """Groups move exact integers between real processes over gloo; aggregators sum the same bits for every split."""
 
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -167,6 +168,25 @@ def test_sums_in_shared_memory_have_the_same_bits(world_size):
     results = run_ranks(world_size, aggregate_in_shared_memory)
     test_tree_sums_have_the_same_bits_on_every_rank_for_every_split([{"aggregators": each} for each in results])
     test_fast_sums_are_sums([{"aggregators": each} for each in results])
+
+
+def read_late(rank: int, world_size: int, store) -> None:
+    """Rank 0 hands in a step's contribution while the others still read the total of the step before."""
+    group = ShmGroup(rank, world_size, store, "cpu")
+    shares = [range(peer, peer + 1) for peer in range(world_size)]
+    for aggregator in (SumAggregator(group), TreeAggregator(group, shares)):
+        for size in (5, 20_000):
+            for step in range(4):
+                aggregator.add(rank, [torch.full((size,), float(rank + step))])
+                (total,) = aggregator.total()
+                if rank:
+                    time.sleep(0.02)
+                assert (total == sum(range(world_size)) + world_size * step).all(), (aggregator, step, size)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_total_stays_as_it_is_until_a_rank_hands_in_its_next_contribution(world_size):
+    run_ranks(world_size, read_late)
 
 
 def test_tensors_of_two_dtypes_are_not_summed_together():

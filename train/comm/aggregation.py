@@ -2,19 +2,21 @@
 
 A block's contribution is a list of tensors (its gradients, its loss ...); all workers get the sum over all blocks.
 Where the group has memory that all workers share (`shared` of train.comm.shm_group), they add up there: a worker's
-sums lie in it from its first contribution on, and the total is read from it.
+sums lie in it from its first contribution on, and the total is read from it: it takes the place of the first of the
+terms, for which there is other memory at the next step.
 """
 
-from typing import Protocol
+import operator
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from train.comm.arrays import BLOCK_BYTES, array
 from train.comm.groups import Group
-from train.comm.tree import PartialSums, aligned_nodes, combine
+from train.comm.tree import Node, PartialSums, aligned_nodes, combine
 
-SUMMED_AT_ONCE = 1 << 16
-"""Elements of a slice: they stay in a core's cache from sum to sum."""
+Turn = TypeVar("Turn")
 
 
 class Aggregator(Protocol):
@@ -51,35 +53,34 @@ class TreeAggregator:
         self._sums = PartialSums(_add)
         self._memory = SharedVectors(group)
         self._like: list[Tensor] = []
-        self._places: dict[int, list[Tensor]] = {}
+        self._turns: list[tuple[dict[Node, Tensor], dict[int, list[Tensor]]]] = [({}, {})]
 
     def prepare(self, like: list[Tensor]) -> None:
-        """A row of memory for each node of this rank: what its first block contributes lands there, the rest is added.
+        """A row of memory for each node: what its first block contributes lands there, the rest is added.
 
         A row has a slice for each rank, [world_size, length], zeros behind the last element.
         """
         self._like, (rank, world_size) = shapes_of(like), (self._group.rank, self._group.world_size)
         if world_size == 1:
             return
-        length = -(-sum(t.numel() for t in like) // world_size)
-        sizes = [len(nodes) * world_size * length for nodes in self._nodes]
-        dtype = one_dtype(like)
+        length, dtype, own = -(-sum(t.numel() for t in like) // world_size), one_dtype(like), self._nodes[rank]
         if self._memory.exists:
-            *self._parts, self._result = self._memory.vectors([*sizes, world_size * length], dtype)
-            mine = self._parts[rank]
+            nodes = [node for of_rank in self._nodes for node in of_rank]
+            turns = self._memory.turns([world_size * length] * len(nodes), dtype)
         else:
-            mine = torch.zeros(sizes[rank], dtype=dtype, device=like[0].device)
-        self._mine = mine.view(-1, world_size, length)
-        self._places = {
-            first: unflatten(row.view(-1), self._like)
-            for (first, _), row in zip(self._nodes[rank], self._mine, strict=True)
-        }
+            nodes = own
+            turns = [list(torch.zeros(len(nodes), world_size * length, dtype=dtype, device=like[0].device))]
+        self._turns = []
+        for vectors in turns:
+            rows = {node: vector.view(world_size, length) for node, vector in zip(nodes, vectors, strict=True)}
+            self._turns.append((rows, {node[0]: unflatten(rows[node].view(-1), self._like) for node in own}))
 
     def add(self, block: int, tensors: list[Tensor]) -> None:
         if not alike(self._like, tensors):
             self.prepare(tensors)
-        if block in self._places:
-            tensors = copied(tensors, self._places[block])
+        _, places = self._turns[0]
+        if block in places:
+            tensors = copied(tensors, places[block])
         self._sums.push(block, tensors)
 
     def total(self) -> list[Tensor]:
@@ -89,30 +90,38 @@ class TreeAggregator:
         return self._in_shared_memory() if self._memory.exists else self._across_workers()
 
     def _across_workers(self) -> list[Tensor]:
-        rank, world_size = self._group.rank, self._group.world_size
-        nodes = {node: row[rank] for node, row in zip(self._nodes[rank], self._mine, strict=True)}
-        for peer in meeting_order(rank, world_size):
-            incoming = [torch.empty_like(self._mine[0, peer]) for _ in self._nodes[peer]]
-            self._group.exchange([row[peer] for row in self._mine], incoming, peer)
+        rank, ((rows, _),) = self._group.rank, self._turns
+        nodes = {node: row[rank] for node, row in rows.items()}
+        own = list(rows.values())
+        for peer in meeting_order(rank, self._group.world_size):
+            incoming = [torch.empty_like(own[0][peer]) for _ in self._nodes[peer]]
+            self._group.exchange([row[peer] for row in own], incoming, peer)
             nodes.update(zip(self._nodes[peer], incoming, strict=True))
-        finished = combine(nodes, self._num_blocks, lambda left, right: left.add_(right))
+        finished = combine(nodes, self._num_blocks, operator.iadd)
         return unflatten(self._group.all_gather(finished.contiguous()).view(-1), self._like)
 
     def _in_shared_memory(self) -> list[Tensor]:
-        """As `_across_workers`, but what a worker sends to others they read, and its own slices they leave alone."""
-        rank, world_size = self._group.rank, self._group.world_size
+        """As `_across_workers`, but what a worker sends to others they read, each its own slice of all rows.
+
+        The sum replaces the first node, which costs less than to write it elsewhere; other sums stay in the cache.
+        """
+        rows, _ = _turned(self._turns)
         self._group.barrier()
-        slices = {
-            node: row[rank]
-            for nodes, part in zip(self._nodes, self._parts, strict=True)
-            for node, row in zip(nodes, part.view(-1, *self._mine.shape[1:]), strict=True)
-        }
-        mine = self._result.view(world_size, -1)[rank]
-        for first in range(0, len(mine), SUMMED_AT_ONCE):
-            span = slice(first, first + SUMMED_AT_ONCE)
-            mine[span] = combine({node: part[span] for node, part in slices.items()}, self._num_blocks, torch.add)
+        slices = {node: array(row[self._group.rank]) for node, row in rows.items()}
+        first = self._nodes[0][0]
+        length = BLOCK_BYTES // self._like[0].element_size()
+        for start in range(0, len(slices[first]), length):
+            self._add_up({node: part[start : start + length] for node, part in slices.items()}, first)
         self._group.barrier()
-        return unflatten(self._result, self._like)
+        return unflatten(rows[first].view(-1), self._like)
+
+    def _add_up(self, terms: dict[Node, Any], first: Node) -> None:
+        total = terms[first]
+
+        def add(left: Any, right: Any) -> Any:
+            return operator.iadd(left, right) if left is total else left + right
+
+        combine(terms, self._num_blocks, add)
 
 
 class SumAggregator:
@@ -127,6 +136,7 @@ class SumAggregator:
         self._memory = SharedVectors(group)
         self._like: list[Tensor] = []
         self._sum: list[Tensor] | None = None
+        self._turns: list[tuple[list[Tensor], list[Tensor]]] = []
 
     def prepare(self, like: list[Tensor]) -> None:
         self._like, self._dtype = shapes_of(like), one_dtype(like)
@@ -134,11 +144,12 @@ class SumAggregator:
             return
         length, dtype = sum(t.numel() for t in like), self._wire or self._dtype
         if self._memory.exists:
-            *self._parts, self._result = self._memory.vectors([length] * (self._group.world_size + 1), dtype)
-            mine = self._parts[self._group.rank]
+            turns = self._memory.turns([length] * self._group.world_size, dtype)
+            mine = [parts[self._group.rank] for parts in turns]
         else:
-            mine = self._result = torch.zeros(length, dtype=dtype, device=like[0].device)
-        self._places = unflatten(mine, self._like)
+            mine = [torch.zeros(length, dtype=dtype, device=like[0].device)]
+            turns = [mine]
+        self._turns = [(parts, unflatten(part, self._like)) for parts, part in zip(turns, mine, strict=True)]
 
     def add(self, block: int, tensors: list[Tensor]) -> None:
         if self._sum is not None:
@@ -147,19 +158,20 @@ class SumAggregator:
         if not alike(self._like, tensors):
             self.prepare(tensors)
         lands = self._group.world_size > 1 and self._wire in (None, self._dtype)  # else once the sum is complete
-        self._sum = copied(tensors, self._places) if lands else tensors
+        self._sum = copied(tensors, self._turns[0][1]) if lands else tensors
 
     def total(self) -> list[Tensor]:
         tensors, self._sum = self._sum, None
         if self._group.world_size == 1:
             return tensors
-        if tensors is not self._places:
-            copied(tensors, self._places)
+        parts, places = _turned(self._turns)
+        if tensors is not places:
+            copied(tensors, places)
         if self._memory.exists:
-            self._group.sum_shared(self._parts, [self._result])
+            self._group.sum_shared(parts)
         else:
-            self._group.all_reduce(self._result)
-        return unflatten(self._result.to(self._dtype), self._like)
+            self._group.all_reduce(parts[0])
+        return unflatten(parts[0].to(self._dtype), self._like)
 
 
 class SharedVectors:
@@ -169,10 +181,20 @@ class SharedVectors:
         self._group, self._sizes, self._vectors = group, None, []
         self.exists = group.world_size > 1 and hasattr(group, "shared")
 
-    def vectors(self, sizes: list[int], dtype: torch.dtype) -> list[Tensor]:
+    def turns(self, sizes: list[int], dtype: torch.dtype) -> list[list[Tensor]]:
+        """[two steps in turn]: the same vectors but for the first one, which the next step still reads as a sum."""
         if self._sizes != (sizes, dtype):
-            self._sizes, self._vectors = (sizes, dtype), self._group.shared(sizes, dtype)
-        return self._vectors
+            self._sizes, self._vectors = (sizes, dtype), self._group.shared([*sizes, sizes[0]], dtype)
+        else:
+            self._group.barrier()  # somebody may still read a sum of before
+        first, *others, second = self._vectors
+        return [[first, *others], [second, *others]]
+
+
+def _turned(turns: list[Turn]) -> Turn:
+    """The first one, which becomes the last one."""
+    turns.append(turn := turns.pop(0))
+    return turn
 
 
 def meeting_order(rank: int, world_size: int) -> list[int]:

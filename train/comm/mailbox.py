@@ -28,8 +28,8 @@ class Mailbox:
         n, first = peers.world_size, peers.rank == 0
         self._peers, self._size = peers, _letter_bytes(n)
         area = offset + 2 * n * n * SEMAPHORE_BYTES
-        self._sent = segment.semaphores(offset, n, 0 if first else None)
-        self._free = segment.semaphores(offset + n * n * SEMAPHORE_BYTES, n, LETTERS if first else None)
+        self._sent = segment.semaphores(offset, n, n, 0 if first else None)
+        self._free = segment.semaphores(offset + n * n * SEMAPHORE_BYTES, n, n, LETTERS if first else None)
         self._letters = segment.tensor(area, n * n * LETTERS * self._size, torch.uint8).view(n, n, LETTERS, self._size)
         self._written, self._read = [0] * n, [0] * n
 

@@ -234,9 +234,11 @@ class Peers:
 
     def _check_arrivals(self, deadline: float, patience_s: float, missing: set[int]) -> None:
         for peer, peer_socket in self._sockets.items():
-            ready, _, _ = select.select([peer_socket], [], [], 0)
-            if ready:
-                raise self._error("connect", *self._farewell(peer, peer_socket)[:2])
+            if peer not in self._gone and select.select([peer_socket], [], [], 0)[0]:
+                to_blame, reason, harmless = self._farewell(peer, peer_socket)
+                if not harmless:
+                    raise self._error("connect", to_blame, reason)
+                self._gone[peer] = reason  # it had all its connections, and needs this group no longer
         if time.monotonic() > deadline:
             missing = missing or set(range(self.world_size)) - set(self._sockets) - {self.rank}
             raise PeerLost(
@@ -247,7 +249,7 @@ class Peers:
     def _watch(self) -> None:
         """Waits for farewells until this rank leaves."""
         waiting = select.poll()
-        by_number = {peer_socket.fileno(): peer for peer, peer_socket in self._sockets.items()}
+        by_number = {end.fileno(): peer for peer, end in self._sockets.items() if peer not in self._gone}
         for number in by_number:
             waiting.register(number, select.POLLIN)
         while by_number:

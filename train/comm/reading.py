@@ -1,23 +1,28 @@
 """Reading another process's memory: process_vm_readv of Linux (3.2) copies once, where shared memory needs two copies.
 
 The kernel allows it to processes of one user unless it is told not to (Yama's ptrace_scope, a container's rules), so
-ranks try it before they rely on it.
+ranks try it before they rely on it. What it costs more than a copy is by the page, so that buffers that come again are
+put into huge pages (MADV_COLLAPSE of Linux 6.1), where their owner's system lets them be.
 """
 
 import ctypes
 import os
+from collections import Counter
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 512 << 10
-"""What is read and added at a time; two of them stay in a core's cache."""
+from train.comm.arrays import BLOCK_BYTES, add, array
+
+PAGES = Path("/sys/kernel/mm/transparent_hugepage")
+COLLAPSE = 25
+"""madvise's MADV_COLLAPSE."""
+REMEMBERED = 1000
 MAGIC = 0x5EED_2F0B_41C7_9D36
-
-
-class _Span(ctypes.Structure):
-    _fields_ = [("base", ctypes.c_void_p), ("nbytes", ctypes.c_size_t)]
+SPANS = ctypes.c_size_t * 4
+"""Two of the kernel's (address, bytes): here and there."""
 
 
 class Readable:
@@ -33,18 +38,31 @@ def may_read(words: str) -> bool:
     process, address = map(int, words.split())
     found = torch.zeros(1, dtype=torch.int64)
     try:
-        read(process, address, found)
+        read(process, address, found.data_ptr(), found.nbytes)
     except (OSError, AttributeError):  # refused; or a C library that has no such function
         return False
     return found.item() == MAGIC
 
 
-def read(process: int, address: int, into: Tensor) -> None:
-    """Fill a contiguous tensor with what lies at an address of another process. OSError where that can't be."""
-    done, nbytes = 0, into.nbytes
+def enlarge_pages(address: int, nbytes: int) -> None:
+    """Put this memory into huge pages as far as it fills them; where the kernel can't, or may not, nothing changes."""
+    try:
+        huge = int((PAGES / "hpage_pmd_size").read_text())
+        forbidden = "[never]" in (PAGES / "enabled").read_text()
+    except OSError:  # a kernel without them
+        return
+    first, last = -(-address // huge) * huge, (address + nbytes) // huge * huge
+    if first < last and not forbidden:
+        _libc().madvise(first, last - first, COLLAPSE)
+
+
+def read(process: int, there: int, here: int, nbytes: int) -> None:
+    """From an address of another process to one of this process. OSError where that can't be."""
+    done = 0
     while done < nbytes:
-        here, there = (_Span(base + done, nbytes - done) for base in (into.data_ptr(), address))
-        count = _libc().process_vm_readv(process, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
+        spans = SPANS(here + done, nbytes - done, there + done, nbytes - done)
+        at = ctypes.addressof(spans)
+        count = _libc().process_vm_readv(process, at, 1, at + ctypes.sizeof(spans) // 2, 1, 0)
         if count <= 0:
             number = ctypes.get_errno()
             raise OSError(number, f"process {process}'s memory can't be read: {os.strerror(number)}")
@@ -56,38 +74,57 @@ class Neighbours:
 
     def __init__(self, rank: int, processes: list[int]) -> None:
         self._rank, self._processes = rank, processes
-        self._scratch: dict[torch.dtype, Tensor] = {}
+        self._scratch = torch.empty(2, BLOCK_BYTES, dtype=torch.uint8)
+        self._came: Counter[tuple[int, int]] = Counter()
 
     def add_up(self, elements: Tensor, cuts: list[slice], starts: list[int]) -> None:
         """This rank's slice of `elements`: the sum over all ranks, whose vectors lie at `starts`, rank after rank.
 
         Only its own slice is written, which no other rank reads meanwhile.
         """
-        mine, length = cuts[self._rank], BLOCK_BYTES // elements.element_size()
-        if elements.dtype not in self._scratch:
-            self._scratch[elements.dtype] = torch.empty(2, length, dtype=elements.dtype)
-        scratch = self._scratch[elements.dtype]
-        for first in range(mine.start, mine.stop, length):
-            own = elements[first : min(first + length, mine.stop)]
-            sums, part = scratch[:, : len(own)].unbind()
+        mine, size = cuts[self._rank], elements.element_size()
+        own = array(elements[mine])
+        scratch = self._scratch.view(elements.dtype)
+        before, part = map(array, scratch)
+        before_at, part_at = (row.data_ptr() for row in scratch)
+        length = BLOCK_BYTES // size
+        for first in range(0, len(own), length):
+            block = own[first : first + length]
+            count = len(block)
+            total = None
             for peer, start in enumerate(starts):
-                address = start + first * elements.element_size()
-                if peer != self._rank:
-                    self._read(peer, address, part if peer else sums)
+                there = start + (mine.start + first) * size
                 if peer == self._rank:
-                    sums = torch.add(sums, own, out=own) if peer else own
-                elif peer:
-                    sums.add_(part)
+                    if total is not None:
+                        add(total, block, block)
+                    total = block
+                elif total is None:
+                    self._read(peer, there, before_at, count * size)
+                    total = before[:count]
+                else:
+                    self._read(peer, there, part_at, count * size)
+                    add(total, part[:count], total)
+
+    def prepare(self, elements: Tensor) -> None:
+        """To be read by others: the second time it comes, which it then may do often, it is put into huge pages."""
+        if len(self._came) > REMEMBERED:
+            self._came.clear()
+        where = elements.data_ptr(), elements.nbytes
+        self._came[where] += 1
+        if self._came[where] == 2:
+            enlarge_pages(*where)
 
     def fetch(self, elements: Tensor, cuts: list[slice], starts: list[int]) -> None:
         """The other ranks' slices, from where they lie."""
+        here, size = elements.data_ptr(), elements.element_size()
         for peer, cut in enumerate(cuts):
             if peer != self._rank:
-                self._read(peer, starts[peer] + cut.start * elements.element_size(), elements[cut])
+                offset = cut.start * size
+                self._read(peer, starts[peer] + offset, here + offset, (cut.stop - cut.start) * size)
 
-    def _read(self, peer: int, address: int, into: Tensor) -> None:
+    def _read(self, peer: int, there: int, here: int, nbytes: int) -> None:
         try:
-            read(self._processes[peer], address, into)
+            read(self._processes[peer], there, here, nbytes)
         except OSError as error:
             raise RuntimeError(f"rank {peer}: {error}") from error
 
@@ -96,7 +133,7 @@ class Neighbours:
 def _libc() -> ctypes.CDLL:
     """Its calls let other threads run meanwhile."""
     libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.process_vm_readv.restype = ctypes.c_ssize_t
-    span = ctypes.POINTER(_Span)
-    libc.process_vm_readv.argtypes = [ctypes.c_int, *2 * [span, ctypes.c_ulong], ctypes.c_ulong]
+    libc.process_vm_readv.argtypes = [ctypes.c_int, *2 * [ctypes.c_void_p, ctypes.c_ulong], ctypes.c_ulong]
     return libc

@@ -63,13 +63,13 @@ class Segment:
             return torch.empty(0, dtype=dtype)
         return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset)
 
-    def semaphores(self, offset: int, ranks: int, value: int | None) -> list[list["Semaphore"]]:
-        """[from][to], from byte `offset` on; one process gives the `value` they start with, before others use them."""
-        made = [Semaphore(self._memory, offset + SEMAPHORE_BYTES * i) for i in range(ranks * ranks)]
+    def semaphores(self, offset: int, rows: int, columns: int, value: int | None) -> list[list["Semaphore"]]:
+        """[row][column], from byte `offset` on; one process gives them a `value`, before others use them."""
+        made = [Semaphore(self._memory, offset + SEMAPHORE_BYTES * i) for i in range(rows * columns)]
         if value is not None:
             for semaphore in made:
                 semaphore.make(value)
-        return [made[ranks * i : ranks * (i + 1)] for i in range(ranks)]
+        return [made[columns * i : columns * (i + 1)] for i in range(rows)]
 
 
 class Semaphore:

@@ -8,34 +8,27 @@ Sums run over ranks 0, 1, 2 ... in this order, whatever the sizes and whoever ad
 """
 
 import os
-from time import monotonic
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, distributed
 
+from train.comm.arrays import add_up, array
 from train.comm.mailbox import Mailbox
+from train.comm.meeting import LINE, Meeting
 from train.comm.peers import Peers
 from train.comm.reading import Neighbours, Readable, may_read
-from train.comm.segment import CROWDED_SPIN_S, SEMAPHORE_BYTES, SPIN_S, Segment, Semaphore
+from train.comm.segment import CROWDED_SPIN_S, SPIN_S, Segment
 from train.comm.turns import Turns, check_rank, check_summed, flat
 
 IN_HAND = 3
-SMALL_BYTES = 32 << 10
-"""Up to here every rank adds up everything by itself, which saves a barrier."""
+SMALL_BYTES = LEAST_PIECE_BYTES = 64 << 10
+"""Up to here one rank adds up everything, which saves a barrier."""
 FEW = 8
 """Workers up to which a group takes much memory for each."""
 READ_FROM_BYTES = 512 << 10
 """From here on a buffer is read from where it lies."""
-BLOCK_BYTES = 128 << 10
-"""What is added at a time: it stays in a core's cache."""
-LINE = 64
-OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "barrier", "sum_shared")
-DTYPES = (
-    *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
-)
 
 
 class ShmGroup:
@@ -57,52 +50,54 @@ class ShmGroup:
     ) -> None:
         if not device.startswith("cpu"):
             raise ValueError(f"backend=shm moves CPU memory only, and device={device}; use backend=nccl or device=cpu")
-        alone = world_size <= len(os.sched_getaffinity(0))
-        if piece_kib is None:
-            # What a core has just written is slow to read for another one, and a barrier costs workers that share
-            # processors their turns: large pieces, as far as memory goes.
-            piece_kib = 1024 if alone and world_size > FEW else 4096
-        if piece_kib < 64:
-            raise ValueError(f"backend.piece_kib={piece_kib} must be at least 64")
+        if piece_kib is not None and piece_kib << 10 < LEAST_PIECE_BYTES:
+            raise ValueError(f"backend.piece_kib={piece_kib} must be at least {LEAST_PIECE_BYTES >> 10}")
         self.rank, self.world_size = rank, world_size
         self._settings = device, timeout_s, piece_kib
         self._read_memory, self._neighbours = read_memory, None
         self._store = distributed.HashStore() if store is None else store
         self._peers = Peers("shm", rank, world_size, self._store, timeout_s, within)
         self._turns = Turns(self._peers)
-        self._subgroups = self._segments = self._operations = self._piece = 0
-        self._scratch: dict[torch.dtype, Tensor] = {}
-        self._piece_bytes = piece_kib << 10
-        self._spin_s = SPIN_S if alone else CROWDED_SPIN_S
+        self._subgroups = self._segments = self._piece = 0
         if (nodes := len(set(self._peers.nodes))) > 1:
             self._peers.close()
             raise ValueError(
                 f"backend=shm: the workers run on {nodes} nodes, without common memory; use backend=hybrid"
             )
         try:
+            alone = world_size <= self._processors()
+            self._spin_s = SPIN_S if alone else CROWDED_SPIN_S
+            # What a core has just written is slow to read for another one, and a barrier costs workers that share
+            # processors their turns: large pieces, as far as memory goes.
+            self._piece_bytes = (piece_kib or (1024 if alone and world_size > FEW else 4096)) << 10
             self._lay_out()
         except BaseException:
             self._peers.abort()
             raise
 
     def _lay_out(self) -> None:
-        """[a flag for every two ranks] [signatures] [mailbox] [pieces]"""
+        """[meeting] [mailbox] [pieces]"""
         n = self.world_size
-        signatures = n * n * SEMAPHORE_BYTES
-        letters = signatures + 2 * n * LINE
+        letters = -(-Meeting.nbytes(n) // LINE) * LINE
         pieces = letters + Mailbox.nbytes(n)
         self._segment = self._common_segment(pieces + n * IN_HAND * self._piece_bytes, "connect")
-        self._flags = self._segment.semaphores(0, n, 0 if self.rank == 0 else None)
+        self._meeting = Meeting(self._segment, 0, self._peers, self._spin_s)
         self._mailbox = Mailbox(self._segment, letters, self._peers)
-        table = self._segment.tensor(signatures, 2 * n * LINE // 8, torch.int64)
-        self._signatures = table.view(2, n, LINE // 8).numpy()
         area = self._segment.tensor(pieces, n * IN_HAND * self._piece_bytes, torch.uint8)
         self._pieces = area.view(IN_HAND, n, self._piece_bytes)
-        self._typed: dict[torch.dtype, list[list[Tensor]]] = {}
+        self._typed: dict[torch.dtype, list[Any]] = {}
         self._all_have("ready")
         self._segment.close_file()
         if n > 1:
             self._try_reading()
+
+    def _processors(self) -> int:
+        """On which any of the ranks may run: each may be bound to its own."""
+        mine = os.sched_getaffinity(0)
+        if self.world_size == 1:
+            return len(mine)
+        told = self._told("processors", " ".join(map(str, mine)))
+        return len({number for numbers in told for number in numbers.split()})
 
     def _try_reading(self) -> None:
         """All ranks read each other's memory, or none does."""
@@ -150,72 +145,69 @@ class ShmGroup:
         return self._turns.run("all_reduce", lambda: self._all_reduce(tensor), async_op)
 
     def _all_reduce(self, tensor: Tensor) -> None:
-        self._sign("all_reduce", tensor)
-        if self.world_size == 1:
-            return
         with flat(tensor) as elements:
+            self._meeting.sign("all_reduce", elements, address=elements.data_ptr())
+            if self.world_size == 1:
+                return
             if elements.nbytes <= SMALL_BYTES:
-                parts = self._next_pieces(elements)
-                parts[self.rank].copy_(elements)
-                self._meet("all_reduce", signed=True)
-                _sum(parts, elements)
+                self._sum_by_one(elements)
             elif self._neighbours and elements.nbytes >= READ_FROM_BYTES:
                 self._sum_where_they_lie(elements)
             else:
                 self._sum_in_pieces(elements)
 
+    def _sum_by_one(self, elements: Tensor) -> None:
+        """The last rank to come adds up what all have copied in, and all copy that out."""
+        parts = self._next_pieces(elements.dtype)[:, : len(elements)]
+        values = array(elements)
+        parts[self.rank][:] = values
+        self._meeting.meet("all_reduce", signed=True, last=lambda: add_up(parts))
+        values[:] = parts[0]
+
     def _sum_where_they_lie(self, elements: Tensor) -> None:
         """A rank writes its own slice, which nobody else reads before all have met, and then only the others'."""
-        self._signatures[self._operations % 2, self.rank, 4] = elements.data_ptr()
-        self._meet("all_reduce", signed=True)
-        starts = self._signatures[self._operations % 2, :, 4].tolist()
+        self._neighbours.prepare(elements)
+        self._meeting.meet("all_reduce", signed=True)
+        starts = self._meeting.addresses()
         cuts = slices(len(elements), self.world_size)
         self._neighbours.add_up(elements, cuts, starts)
-        self._meet("all_reduce")
+        self._meeting.meet("all_reduce")
         self._neighbours.fetch(elements, cuts, starts)
-        self._meet("all_reduce")
+        self._meeting.meet("all_reduce")
 
     def _sum_in_pieces(self, elements: Tensor) -> None:
-        held = None
-        for piece in elements.split(self._piece_bytes // elements.element_size()):
-            coming = piece, self._next_pieces(piece), slices(len(piece), self.world_size)
+        values, held = array(elements), None
+        width = self._piece_bytes // elements.element_size()
+        for first in range(0, len(values), width):
+            piece = values[first : first + width]
+            coming = piece, self._next_pieces(elements.dtype)[:, : len(piece)], slices(len(piece), self.world_size)
             self._copy_in(*coming)
             if held is not None:
                 self._add_up(*held)
-            self._meet("all_reduce", signed=held is None)
+            self._meeting.meet("all_reduce", signed=held is None)
             if held is not None:
                 self._copy_out(*held)
             held = coming
         self._add_up(*held)
-        self._meet("all_reduce")
+        self._meeting.meet("all_reduce")
         self._copy_out(*held)
 
-    def _copy_in(self, piece: Tensor, parts: list[Tensor], cuts: list[slice]) -> None:
-        for cut in cuts[: self.rank] + cuts[self.rank + 1 :]:
-            parts[self.rank][cut].copy_(piece[cut])
+    def _copy_in(self, piece: Any, parts: Any, cuts: list[slice]) -> None:
+        """All but this rank's slice."""
+        before, after = slice(0, cuts[self.rank].start), slice(cuts[self.rank].stop, None)
+        for cut in before, after:
+            parts[self.rank][cut] = piece[cut]
 
-    def _add_up(self, piece: Tensor, parts: list[Tensor], cuts: list[slice]) -> None:
+    def _add_up(self, piece: Any, parts: Any, cuts: list[slice]) -> None:
+        """This rank's slice: to where the first rank's part lies, and into the piece."""
         mine = cuts[self.rank]
         terms = [(piece if peer == self.rank else part)[mine] for peer, part in enumerate(parts)]
-        self._sum_in_blocks(terms, [parts[self.rank][mine], piece[mine]])
+        add_up(terms, (parts[0] if self.rank == 0 else piece)[mine])
 
-    def _copy_out(self, piece: Tensor, parts: list[Tensor], cuts: list[slice]) -> None:
-        for peer, cut in enumerate(cuts):
-            if peer != self.rank:
-                piece[cut].copy_(parts[peer][cut])
-
-    def _sum_in_blocks(self, terms: list[Tensor], results: list[Tensor]) -> None:
-        """Block by block, which stay in cache; into the first result unless it is a term, from there to the others."""
-        dtype, length = terms[0].dtype, BLOCK_BYTES // terms[0].element_size()
-        scratch = None
-        if any(term.data_ptr() == results[0].data_ptr() for term in terms):
-            scratch = self._scratch.setdefault(dtype, torch.empty(length, dtype=dtype))
-        for first in range(0, len(terms[0]), length):
-            last = min(first + length, len(terms[0]))
-            block = results[0][first:last] if scratch is None else scratch[: last - first]
-            _sum([term[first:last] for term in terms], block)
-            for result in results if scratch is not None else results[1:]:
-                result[first:last].copy_(block)
+    def _copy_out(self, piece: Any, parts: Any, cuts: list[slice]) -> None:
+        before, after = slice(0, cuts[self.rank].start), slice(cuts[self.rank].stop, None)
+        for cut in before, after:
+            piece[cut] = parts[0][cut]
 
     def shared(self, sizes: list[int], dtype: torch.dtype) -> list[Tensor]:
         """Vectors of these sizes in memory that all ranks share; it lives as long as one of its tensors does.
@@ -231,36 +223,40 @@ class ShmGroup:
         segment.close_file()
         return [segment.tensor(start, size, dtype) for start, size in zip(starts[:-1], sizes, strict=True)]
 
-    def sum_shared(self, parts: list[Tensor], results: list[Tensor]) -> None:
-        """The sum of every rank's part into all `results`: vectors of `shared`, of which `parts[rank]` is the rank's.
+    def sum_shared(self, parts: list[Tensor]) -> None:
+        """The sum of every rank's part into the first part: vectors of `shared`, of which `parts[rank]` is the rank's.
 
-        Every rank adds a slice. Nobody may change a part or read a result until all have returned from here, or write
-        into a result until all have come here again or to another operation.
+        Every rank adds a slice. Nobody may change a part until all have returned from here, or the first one until all
+        have read it: until they have come here again, with another vector in its place, or to another operation.
         """
         check_summed(parts[0], "shm")
-        self._turns.run("sum_shared", lambda: self._sum_shared(parts, results))
+        self._turns.run("sum_shared", lambda: self._sum_shared(parts))
 
-    def _sum_shared(self, parts: list[Tensor], results: list[Tensor]) -> None:
-        self._sign("sum_shared", parts[0])
-        self._meet("sum_shared", signed=True)
+    def _sum_shared(self, parts: list[Tensor]) -> None:
+        terms = [array(part) for part in parts]
+        self._meeting.sign("sum_shared", parts[0])
+        if parts[0].nbytes <= SMALL_BYTES:
+            self._meeting.meet("sum_shared", signed=True, last=lambda: add_up(terms))
+            return
+        self._meeting.meet("sum_shared", signed=True)
         mine = slices(len(parts[0]), self.world_size)[self.rank]
-        self._sum_in_blocks([part[mine] for part in parts], [result[mine] for result in results])
-        self._meet("sum_shared")
+        add_up([term[mine] for term in terms])
+        self._meeting.meet("sum_shared")
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         return self._turns.run("all_gather", lambda: self._all_gather(tensor))
 
     def _all_gather(self, tensor: Tensor) -> Tensor:
-        self._sign("all_gather", tensor)
+        self._meeting.sign("all_gather", tensor)
         out, elements = tensor.new_empty((self.world_size, *tensor.shape)), tensor.contiguous().view(-1)
-        rows, width = out.view(self.world_size, len(elements)), self._piece_bytes // tensor.element_size()
-        for first in range(0, max(1, len(elements)), width):
-            piece = elements[first : first + width]
-            parts = self._next_pieces(piece)
-            parts[self.rank].copy_(piece)
-            self._meet("all_gather", signed=first == 0)
-            for row, part in zip(rows, parts, strict=True):
-                row[first : first + width].copy_(part)
+        rows, values = array(out.view(self.world_size, len(elements))), array(elements)
+        width = self._piece_bytes // tensor.element_size()
+        for first in range(0, max(1, len(values)), width):
+            piece = values[first : first + width]
+            parts = self._next_pieces(tensor.dtype)[:, : len(piece)]
+            parts[self.rank][:] = piece
+            self._meeting.meet("all_gather", signed=first == 0)
+            rows[:, first : first + width] = parts
         return out
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
@@ -268,17 +264,20 @@ class ShmGroup:
         return self._turns.run("reduce_scatter", lambda: self._reduce_scatter(tensor))
 
     def _reduce_scatter(self, tensor: Tensor) -> Tensor:
-        self._sign("reduce_scatter", tensor)
+        self._meeting.sign("reduce_scatter", tensor)
         out = tensor.new_empty(tensor.shape[1:])
-        sums = out.view(-1)
-        rows = tensor.reshape(self.world_size, len(sums))
+        sums = array(out.view(-1))
+        rows = array(tensor.reshape(self.world_size, len(sums)))
         width = self._piece_bytes // tensor.element_size() // self.world_size
         for first in range(0, max(1, len(sums)), width):
-            piece = rows[:, first : first + width].contiguous()
-            parts = self._next_pieces(piece.view(-1))
-            parts[self.rank].copy_(piece.view(-1))
-            self._meet("reduce_scatter", signed=first == 0)
-            _sum([part.view(piece.shape)[self.rank] for part in parts], sums[first : first + width])
+            piece = rows[:, first : first + width]
+            parts = self._next_pieces(tensor.dtype)[:, : self.world_size * piece.shape[1]]
+            parts = parts.reshape(self.world_size, *piece.shape)
+            parts[self.rank][:] = piece
+            self._meeting.meet("reduce_scatter", signed=first == 0)
+            total = sums[first : first + width]
+            total[:] = parts[0][self.rank]
+            add_up([total, *(part[self.rank] for part in parts[1:])])
         return out
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
@@ -286,24 +285,25 @@ class ShmGroup:
         self._turns.run("broadcast", lambda: self._broadcast(tensor, source))
 
     def _broadcast(self, tensor: Tensor, source: int) -> None:
-        self._sign("broadcast", tensor, source)
+        self._meeting.sign("broadcast", tensor, source)
         width = self._piece_bytes // tensor.element_size()
         with flat(tensor) as elements:
-            for first in range(0, max(1, len(elements)), width):
-                piece = elements[first : first + width]
-                part = self._next_pieces(piece)[source]
+            values = array(elements)
+            for first in range(0, max(1, len(values)), width):
+                piece = values[first : first + width]
+                part = self._next_pieces(tensor.dtype)[source][: len(piece)]
                 if self.rank == source:
-                    part.copy_(piece)
-                self._meet("broadcast", signed=first == 0)
+                    part[:] = piece
+                self._meeting.meet("broadcast", signed=first == 0)
                 if self.rank != source:
-                    piece.copy_(part)
+                    piece[:] = part
 
     def barrier(self) -> None:
         self._turns.run("barrier", self._barrier)
 
     def _barrier(self) -> None:
-        self._sign("barrier", None)
-        self._meet("barrier", signed=True)
+        self._meeting.sign("barrier")
+        self._meeting.meet("barrier", signed=True)
 
     def send(self, tensor: Tensor, destination: int) -> None:
         check_rank(destination, self.world_size, "destination")
@@ -317,43 +317,15 @@ class ShmGroup:
         check_rank(peer, self.world_size, "peer")
         self._turns.run("exchange", lambda: self._mailbox.exchange("exchange", outgoing, incoming, peer))
 
-    def _next_pieces(self, like: Tensor) -> list[Tensor]:
-        """[ranks]: where the next piece of this dtype and length lies.
+    def _next_pieces(self, dtype: torch.dtype) -> Any:
+        """[ranks, elements]: where the next piece lies.
 
         The one before it may still be read by others, the one before that no longer: between, all have met.
         """
-        typed = self._typed.get(like.dtype)
-        if typed is None:
-            typed = self._typed[like.dtype] = [list(row.unbind()) for row in self._pieces.view(like.dtype).unbind()]
+        if dtype not in self._typed:
+            self._typed[dtype] = [array(piece) for piece in self._pieces.view(dtype)]
         self._piece = (self._piece + 1) % IN_HAND
-        return [piece[: len(like)] for piece in typed[self._piece]]
-
-    def _sign(self, operation: str, tensor: Tensor | None, source: int = 0) -> None:
-        """Write down what this rank is about to do, for the others to compare at their next meeting."""
-        self._operations += 1
-        kind = DTYPES.index(tensor.dtype) if tensor is not None and tensor.dtype in DTYPES else len(DTYPES)
-        size = 0 if tensor is None else tensor.numel()
-        self._signatures[self._operations % 2, self.rank, :4] = OPERATIONS.index(operation), kind, size, source
-
-    def _meet(self, operation: str, signed: bool = False) -> None:
-        """Return once all have come; with `signed` ValueError where they have not come for the same."""
-        since = monotonic()
-        if self.rank == 0:
-            for peer in range(1, self.world_size):
-                self._wait(self._flags[peer][0], operation, peer, since)
-            for peer in range(1, self.world_size):
-                self._flags[0][peer].post()
-        else:
-            self._flags[self.rank][0].post()
-            self._wait(self._flags[0][self.rank], operation, 0, since)
-        if signed:
-            table = self._signatures[self._operations % 2]
-            if (table[:, :4] != table[self.rank, :4]).any():
-                calls = ", ".join(f"rank {rank}: {_spell(row)}" for rank, row in enumerate(table.tolist()))
-                raise ValueError(f"backend=shm: the ranks call different operations ({calls})")
-
-    def _wait(self, semaphore: Semaphore, operation: str, peer: int, since: float) -> None:
-        semaphore.wait(lambda: self._peers.check_waiting(operation, peer, since), self._spin_s)
+        return self._typed[dtype][self._piece]
 
     def subgroup(self, ranks: list[int]) -> "ShmGroup | None":
         self._subgroups += 1
@@ -375,19 +347,3 @@ def slices(count: int, parts: int) -> list[slice]:
     """0..count-1 in `parts` slices that begin at multiples of a cache line; the last ones may be short or empty."""
     width = -(-count // (parts * LINE)) * LINE
     return [slice(min(count, width * i), min(count, width * (i + 1))) for i in range(parts)]
-
-
-def _sum(terms: list[Tensor], out: Tensor) -> None:
-    """Of at least two; `out` is none of them."""
-    torch.add(terms[0], terms[1], out=out)
-    for term in terms[2:]:
-        out.add_(term)
-
-
-def _spell(signature: list[int]) -> str:
-    operation, kind, size, source = signature[:4]
-    name = OPERATIONS[operation]
-    if name == "barrier":
-        return name
-    dtype = str(DTYPES[kind]).removeprefix("torch.") if kind < len(DTYPES) else "other"
-    return f"{name} of {size} {dtype}" + (f" from {source}" if name == "broadcast" else "")

@@ -110,7 +110,7 @@ def _work(queue: SimpleQueue, threads: int) -> None:
 def flat(tensor: Tensor) -> Iterator[Tensor]:
     """The elements of `tensor` in one dimension, to be changed in place whatever its strides."""
     if tensor.is_contiguous():
-        yield tensor.view(-1)
+        yield tensor if tensor.dim() == 1 else tensor.view(-1)
     else:
         dense = tensor.contiguous().view(-1)
         yield dense
