@@ -23,13 +23,11 @@ from train.config import Config, ConfigError, nearest, show
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 NO_RECIPE = "none"
-
 FLAGS = ("-m", "--multirun", "--cfg", "-h", "--help")
 
 BRINGS = ("chip", "wire_dtype", "network")
 """What a mesh's file may name under `brings`: a real machine's own chip, a wire dtype that the chip computes in, the
 network model that its shared links need."""
-
 
 OF_EMULATE = {"out": None, "trace": None}
 """Keys of launch.emulate that configurations of older runs lack."""
@@ -149,8 +147,7 @@ def _composed(words: list[str], on_command_line: list[str]) -> tuple[dict, dict]
         options = [word for word in words if word not in values]
         if not {word.lstrip("~").partition("=")[0] for word in options} <= set(groups()):
             options, values = words, []  # a value that is taken away, or a mistake: Hydra's, in this order
-        composed, chosen = _options(tuple(options), _stamps(files.values()))
-        composed = deepcopy(composed)
+        composed, chosen = map(deepcopy, _options(tuple(options), _stamps(files.values())))
         for value in OverridesParser.create().parse_overrides(values):
             OmegaConf.update(composed, value.key_or_group, value.value(), merge=True, force_add=True)
         return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True), chosen | files
@@ -176,6 +173,12 @@ def _options(words: tuple[str, ...], stamps: tuple[str | int, ...]) -> tuple[Any
     OmegaConf.set_struct(composed, False)
     del composed["hydra"]
     return composed, chosen
+
+
+def forget() -> None:
+    """Keep nothing of conf/: for who measures what a start takes."""
+    for kept in (_options, _read):
+        kept.cache_clear()
 
 
 def _stamps(files: Iterable[str]) -> tuple[str | int, ...]:

@@ -191,6 +191,7 @@ class Peers:
             store.set(f"peer{self.rank}", json.dumps(own))
             hosts[self.rank] = own
             while len(self._sockets) < self.world_size - 1 or len(hosts) < self.world_size:
+                self._check_arrivals(deadline, patience_s, set(range(self.world_size)) - set(hosts))
                 if self._within is not None:
                     self._within.check_lost("connect")
                 for peer in set(range(self.world_size)) - set(hosts):
@@ -200,7 +201,6 @@ class Peers:
                             self._call(peer, hosts[peer])
                 if len(self._sockets) < self.world_size - 1:
                     self._answer(listener, token)
-                self._check_arrivals(deadline, patience_s, set(range(self.world_size)) - set(hosts))
         self.nodes = [hosts[peer]["node"] for peer in range(self.world_size)]
 
     def _call(self, peer: int, host: dict) -> None:
