@@ -20,6 +20,7 @@ from tempfile import gettempdir
 from typing import TypeVar
 
 from launch.nodes import address_of
+from train.memory import use_in_ray_workers
 
 LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 QUIET = {"logging_level": "ERROR", "log_to_driver": False}
@@ -111,6 +112,7 @@ def join(settings: dict, chips: dict[str, int], num_cpus: int) -> Iterator[Clust
 
     try:
         if address is None:
+            use_in_ray_workers()
             cpus = max(num_cpus, os.cpu_count() or 1)
             with _interrupts_deferred():
                 ray.init(

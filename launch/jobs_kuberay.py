@@ -20,6 +20,7 @@ from launch.placement import resource_name
 from launch.run import emulated_machine
 from launch.supervise import STOP_GRACE_S
 from train.config import ConfigError
+from train.memory import RAY_WORKERS
 from train.metrics import write_aside
 
 PYTHON = "python"
@@ -135,6 +136,7 @@ def _pod(name: str, asked: dict, cpus: int, gpus: int, memory_gbytes: int) -> di
     container = {
         "name": name,
         "image": asked["image"],
+        "env": [{"name": key, "value": value} for key, value in RAY_WORKERS.items()],
         "resources": {"limits": amounts, "requests": dict(amounts)},
         "securityContext": {"allowPrivilegeEscalation": False},
         "volumeMounts": [{"name": volume, "mountPath": path} for volume, path in mounts.items()],

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from launch.nodes import own_address
+from train.memory import use_in_ray_workers
 from train.metrics import write_aside
 
 FIRST_PORT, NUM_PORTS = 20000, 10000
@@ -63,6 +64,7 @@ def main() -> None:
                 sys.exit(f"slurm_node: no head within {HEAD_TIMEOUT_S:.0f} s: {where} is missing; do nodes share it?")
             time.sleep(POLL_S)
         role = [f"--address={where.read_text().strip()}"]
+    use_in_ray_workers()
     start = command(address, resources, os.environ["SLURM_CPUS_ON_NODE"], *role)
     print(f"node     {os.environ['SLURMD_NODENAME']} at {address}: {' '.join(role)}", flush=True)
     status = keep(start)

@@ -18,7 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from bench_train import harness  # noqa: E402
+from bench_train_sides import harness  # noqa: E402
 
 KINDS = (
     # kind, parts of kernels' or operations' names; the first that fits

@@ -108,6 +108,7 @@ def test_the_manifest_is_what_the_schema_takes_and_what_was_asked_for(words):
     worker = workers["template"]["spec"]
     assert worker["containers"][0]["resources"]["limits"].get("nvidia.com/gpu") == ("2" if words else None)
     for pod in (head, worker):
+        assert {"name": "RAY_LD_PRELOAD_ON_WORKERS", "value": "1"} in pod["containers"][0]["env"]
         assert {"name": "runs", "mountPath": "/runs"} in pod["containers"][0]["volumeMounts"]
         assert {"name": "runs", "persistentVolumeClaim": {"claimName": "runs"}} in pod["volumes"]
     assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}}

@@ -129,6 +129,7 @@ def test_a_run_that_loses_a_worker_and_that_ctrl_c_stops_is_resumed_on_other_wor
     assert sum(result["first_step"].values()) == pytest.approx(result["time_to_first_step_s"])
     assert 0 < result["measured_s"] and 0 < result["wall_s"]
     assert {"versions", "contract", "placement", "machine"} <= set(environment)
+    assert environment["contract"]["allocator"] == "jemalloc"  # which Ray brings
     assert yaml.safe_load((run / "config.yaml").read_text())["run"] == "first"
     heading = next(line for line in again.stdout.splitlines() if line.count("|") == 5)
     assert [cell.strip() for cell in heading.split("|")[2:5]] == ["claimed", "emulated", "measured"]

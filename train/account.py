@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from train.checkpoint import weights_sha256
+from train.memory import allocator
 from train.models.chip_norm import norm_layers
 from train.precision import describe_device
 
@@ -60,6 +61,7 @@ def contract(worker: "Worker") -> dict:
         "evaluation_statistics": {"mean": "mean over all chips", "chip_0": "chip 0's own"}[config["bn_rule"]],
         "device": worker.device,
         "instruction_set": describe_device(worker.device),
+        "allocator": allocator(),
         "torch": str(torch.__version__),  # a subclass of str, which would have the driver import torch
         "python": platform.python_version(),
     }
