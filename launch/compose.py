@@ -9,7 +9,9 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +23,11 @@ from train.config import Config, ConfigError, nearest, show
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 NO_RECIPE = "none"
-
 FLAGS = ("-m", "--multirun", "--cfg", "-h", "--help")
 
 BRINGS = ("chip", "wire_dtype", "network")
 """What a mesh's file may name under `brings`: a real machine's own chip, a wire dtype that the chip computes in, the
 network model that its shared links need."""
-
 
 OF_EMULATE = {"out": None, "trace": None}
 """Keys of launch.emulate that configurations of older runs lack."""
@@ -135,7 +135,7 @@ def _compose(overrides: list[str], experiment: str | None) -> dict:
 
 def _composed(words: list[str], on_command_line: list[str]) -> tuple[dict, dict]:
     """What Hydra makes of the overrides: the plain values, and the chosen option of each group."""
-    import hydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -143,12 +143,14 @@ def _composed(words: list[str], on_command_line: list[str]) -> tuple[dict, dict]
 
     try:
         words, files = outside.for_hydra(words)
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra.compose("config", words, return_hydra_config=True)
-        chosen = OmegaConf.to_container(composed.hydra.runtime.choices) | files
-        OmegaConf.set_struct(composed, False)
-        del composed["hydra"]
-        return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True), chosen
+        values = [word for word in words if word.startswith("++") and "@" not in word.partition("=")[0]]
+        options = [word for word in words if word not in values]
+        if not {word.lstrip("~").partition("=")[0] for word in options} <= set(groups()):
+            options, values = words, []  # a value that is taken away, or a mistake: Hydra's, in this order
+        composed, chosen = map(deepcopy, _options(tuple(options), _stamps(files.values())))
+        for value in OverridesParser.create().parse_overrides(values):
+            OmegaConf.update(composed, value.key_or_group, value.value(), merge=True, force_add=True)
+        return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True), chosen | files
     except MissingConfigException as error:
         raise _missing_option(error.missing_cfg_file or "", on_command_line) from error
     except OmegaConfBaseException as error:
@@ -157,6 +159,33 @@ def _composed(words: list[str], on_command_line: list[str]) -> tuple[dict, dict]
         raise ConfigError("", " ".join(f"not YAML: {error}".split())) from error
     except HydraException as error:
         raise ConfigError("", _first_line(error.__cause__ or error)) from error
+
+
+@lru_cache
+def _options(words: tuple[str, ...], stamps: tuple[str | int, ...]) -> tuple[Any, dict]:
+    """The chosen options merged by Hydra, which takes most of a start: kept for the next job that chooses them."""
+    import hydra
+    from omegaconf import OmegaConf
+
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = hydra.compose("config", list(words), return_hydra_config=True)
+    chosen = OmegaConf.to_container(composed.hydra.runtime.choices)
+    OmegaConf.set_struct(composed, False)
+    del composed["hydra"]
+    return composed, chosen
+
+
+def forget() -> None:
+    """Keep nothing of conf/: for who measures what a start takes."""
+    for kept in (_options, _read):
+        kept.cache_clear()
+
+
+def _stamps(files: Iterable[str]) -> tuple[str | int, ...]:
+    """When each file of conf/, and of those outside, was changed: what is kept of them is worth that long."""
+    outer = [Path(file).expanduser().resolve() for file in files]
+    times = [path.stat().st_mtime_ns for path in (CONF / "config.yaml", *sorted(CONF.glob("*/*.yaml")), *outer)]
+    return str(CONF), *map(str, outer), *times
 
 
 def brought(mesh: str, settled: set[str]) -> list[str]:
@@ -341,12 +370,17 @@ def _bases(name: str) -> Iterator[str]:
 
 def _plain(name: str) -> dict:
     """A file of conf/ by itself, or one outside; {} where there is none."""
-    from omegaconf import OmegaConf
-
     if outside.is_file(name):
         return outside.plain(name)
     path = CONF / f"{name}.yaml"
-    return OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+    return deepcopy(_read(path, path.stat().st_mtime_ns)) if path.is_file() else {}
+
+
+@lru_cache
+def _read(path: Path, changed_ns: int) -> dict:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.load(path))
 
 
 def _spelt(name: str) -> str:

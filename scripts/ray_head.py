@@ -22,7 +22,8 @@ POLL_S = 0.1
 def ray_head(folder: Path, cpus: int, chips: int) -> Iterator[tuple[str, dict[str, str]]]:
     """`ray start --head` for as long as this lasts; yields the job server's address, and the environment to reach it.
 
-    `folder` is Ray's, with a short path, for it holds sockets. RuntimeError with the head's log where it won't start.
+    `folder` is Ray's, with a short path, for it holds sockets; in that environment cluster.address=auto is this head.
+    RuntimeError with the head's log where it won't start.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -36,18 +37,17 @@ def ray_head(folder: Path, cpus: int, chips: int) -> Iterator[tuple[str, dict[st
         "--ray-client-server-port": client,
         "--dashboard-agent-listen-port": agent,
         "--dashboard-agent-grpc-port": grpc,
-        "--temp-dir": folder,
         "--num-cpus": cpus,
         "--resources": json.dumps({"ascend910": chips}),
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"{name}={value}" for name, value in options.items()]
-    log = folder / "head.log"
+    log, noted = folder / "head.log", folder / "ray" / "ray_current_cluster"
     with log.open("w") as out:
         head = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not _answers(dashboard):
+        while not (noted.exists() and _answers(dashboard)):  # its server answers before it can serve
             if head.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"no Ray head within {START_TIMEOUT_S:.0f} s:\n{log.read_text()[-2000:]}")
             time.sleep(POLL_S)

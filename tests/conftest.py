@@ -9,12 +9,9 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
-
-from launch import compose
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two times two threads on two cores wait for each other
@@ -91,20 +88,3 @@ def ray_folder() -> Iterator[Path]:
     """Where Ray keeps its sessions in tests; its path is short, as Unix sockets need."""
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def composed_once() -> Iterator[None]:
-    """What Hydra makes of the same words is made once in a process: each takes it a third of a second."""
-    compose_them, conf, made = compose._composed, compose.CONF, {}
-
-    def composed(words: list[str], on_command_line: list[str]) -> tuple[dict, dict]:
-        if compose.CONF != conf:  # a copy that a test has made, and changes
-            return compose_them(words, on_command_line)
-        if tuple(words) not in made:
-            made[tuple(words)] = compose_them(words, on_command_line)
-        return deepcopy(made[tuple(words)])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compose, "_composed", composed)
-        yield

@@ -26,6 +26,7 @@ def chaos_in_small(kills: int) -> dict:
     return made
 
 
+@pytest.mark.slow  # test_launch_run kills a worker by default
 def test_a_killed_worker_changes_no_bit():
     (strike,) = chaos_in_small(1)["strikes"]
     assert strike["detected_s"] is not None and strike["source"] in ("memory", "checkpoint")

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,13 @@ def test_what_a_backend_cannot_carry_is_refused(made, named):
 
 def on_two_nodes(rank: int, world_size: int, store) -> str:
     peers.node_name = lambda: f"node {rank}"
+    answer = peers.Peers._answer
+
+    def late(*args) -> None:
+        answer(*args)
+        time.sleep(0.3)  # the other has come, seen and left
+
+    peers.Peers._answer = late
     with pytest.raises(ValueError) as caught:
         ShmGroup(rank, world_size, store, "cpu")
     return str(caught.value)

@@ -31,6 +31,15 @@ def torchrun(backend: str, processes: int) -> list[list[str]]:
     return [words for _, *words in sorted(said)]
 
 
+def losses(row: list[str]) -> list[float]:
+    return [float(loss) for loss in row[-2:]]
+
+
+def mean_loss_falls(rows: list[list[str]]) -> bool:
+    """Over the ranks: each has other random images at every step, so one rank's own may rise, on gloo as well."""
+    return sum(losses(row)[1] for row in rows) < sum(losses(row)[0] for row in rows)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("backend", ["cpu:plan", "cpu:shm"])
@@ -38,7 +47,8 @@ def test_a_stock_script_trains_as_on_gloo(backend, processes):
     ours, theirs = torchrun(backend, processes), torchrun("gloo", processes)
     digests = {digest for _, digest, _, _ in ours}
     assert len(ours) == processes and len(digests) == 1 and {name for name, *_ in ours} == {backend}
-    assert all(float(last) < float(first) for _, _, first, last in ours)
+    assert mean_loss_falls(ours)
+    assert [losses(row) for row in ours] == [pytest.approx(losses(row), rel=1e-4) for row in theirs]
     if processes == 2:  # a + b has one order
         assert [row[1:] for row in ours] == [row[1:] for row in theirs]
 
@@ -58,7 +68,7 @@ def as_under_torchrun(rank: int, world_size: int, store, backend: str, out: Path
 def test_a_stock_script_trains(tmp_path):
     ours = run_ranks(2, as_under_torchrun, "cpu:shm", tmp_path)
     assert len({digest for _, digest, _, _ in ours}) == 1 and {name for name, *_ in ours} == {"cpu:shm"}
-    assert all(float(last) < float(first) for _, _, first, last in ours)
+    assert mean_loss_falls(ours)
 
 
 def call(rank: int, world_size: int, store, backend: str) -> dict:

@@ -6,6 +6,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import hydra
 import pytest
 from omegaconf import OmegaConf
 
@@ -172,6 +173,36 @@ def test_a_mistake_in_an_option_names_the_file_that_holds_it(conf: Path) -> None
 
 
 RECORD = "experiment=imagenet_atlas900"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["++seed=3", "experiment=digits_atlas", "mesh=dgx_h100", "++optim.momentum=0.3", "++run='a=b, c'"],
+        ["++mesh.axes={host: 3}", "++claim.neighbours=[a,b]", "++hang_timeout_s=1e-3", "++run=${run_root}/x"],
+        ["++optim.momentum=0.3", "~optim.momentum", "~experiment"],
+    ],
+)
+def test_what_is_composed_is_what_hydra_makes_of_it(words: list[str]) -> None:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        alone = OmegaConf.to_container(hydra.compose("config", words), resolve=True)
+    for _ in "anew", "kept":
+        assert composing._composed(words, words)[0] == alone
+
+
+def test_a_choice_is_kept_for_the_next_job_until_its_file_changes(conf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    composed, alone = [], hydra.compose
+    monkeypatch.setattr(hydra, "compose", lambda *args, **options: composed.append(args) or alone(*args, **options))
+    first = compose([RECORD, "seed=1"])
+    momentum, made = first["optim"].pop("momentum"), len(composed)  # what a job does with its own is its own
+    assert compose([RECORD, "seed=2"])["optim"]["momentum"] == momentum
+    assert compose([RECORD, "optim.momentum=0.5"])["optim"]["momentum"] == 0.5
+    assert len(composed) == made <= 2  # the experiment, and its recipe alone
+    with (conf / "experiment" / "imagenet_atlas900.yaml").open("a") as file:
+        file.write("hang_timeout_s: 7\n")
+    assert compose([RECORD])["hang_timeout_s"] == 7 and len(composed) > made
+    composing.forget()
+    assert compose([RECORD])["hang_timeout_s"] == 7
 
 
 @pytest.mark.parametrize(

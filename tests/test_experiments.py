@@ -18,7 +18,7 @@ OVERRIDES = {
     "cifar10_atlas": ["data.root={photos}", "chip_batch_size=2", "data.repeat=2"],
     "cifar10_bn_span": ["data.root={photos}", "chip_batch_size=2", "data.repeat=2"],
     "photos_decoder": ["data.root={photos}/train", "chip_batch_size=2", "data.repeat=2"],
-    "imagenet_atlas900": ["data.root={photos}", "global_batch_size=16", "data.image_size=64", "data.repeat=2"],
+    "imagenet_atlas900": ["data.root={photos}", "global_batch_size=16", "data.image_size=32", "data.repeat=2"],
     "fast_16_epochs": [
         "data.root={photos}",
         "global_batch_size=16",
@@ -29,7 +29,7 @@ OVERRIDES = {
         "schedule.warmup_epochs=0.5",
         "schedule.base_lr=0.01",
     ],
-    "synthetic": ["chip_batch_size=2", "data.image_size=64", "data.num_train=64", "data.num_eval=16"],
+    "synthetic": ["chip_batch_size=2", "data.image_size=32", "data.num_train=64", "data.num_eval=16"],
 }
 
 

@@ -1,6 +1,7 @@
 """The command as a user gives it: each test is a process of its own with a Ray of its own."""
 
 import json
+import math
 import os
 import signal
 import time
@@ -71,15 +72,39 @@ def until_it_trains(command: Command, run: Path) -> None:
     assert command.process.poll() is None, command.stderr
 
 
-def test_a_run_that_ctrl_c_stops_is_resumed_on_other_workers_and_leaves_its_folder_and_its_report(start, tmp_path):
+def lose_worker_1(command: Command, run: Path, end: signal.Signals) -> float:
+    """It is struck while it trains, and a new one joins and trains; when that was, in Unix time."""
+    struck_at = time.time()
+    os.kill(read(run / "env.json")["placement"][1]["pid"], end)
+    assert wait_for(lambda: len(told(run, "training")) == 2 or command.process.poll() is not None)
+    joined_at = told(run, "training")[-1]["step"]
+    assert wait_for(lambda: rows(run)[-1]["step"] > joined_at or command.process.poll() is not None)
+    return struck_at
+
+
+def check_the_loss(run: Path, kind: str, struck_at: float, again_s: float = math.inf) -> None:
+    """It has cost no step: within `again_s` worker 0 trained on with all hosts, until the new worker 1 had its own."""
+    result = read(run / "result.json")
+    assert (result["status"], result["error"], result["worker_restarts"]) == ("interrupted", None, 1)
+    (loss,) = result["losses"]
+    assert (loss["worker"], loss["kind"], loss["source"], loss["steps_repeated"]) == (1, kind, "memory", 0)
+    assert struck_at < loss["detected_at"] < loss["training_at"] < struck_at + again_s + PATIENCE_S
+    assert [event["members"] for event in told(run, "training")] == [[0], [0, 1]]
+    hosts = [[worker["hosts"] for worker in event["placement"]] for event in told(run, "regrouped")]
+    assert hosts == [[[0, 7]], [[0, 3], [4, 7]]]
+
+
+def test_a_run_that_loses_a_worker_and_that_ctrl_c_stops_is_resumed_on_other_workers_and_reported(start, tmp_path):
     run = tmp_path / "runs/first"
     command = start("run=first", "workers=2", ENDLESS)
     until_it_trains(command, run)
+    struck_at = lose_worker_1(command, run, signal.SIGKILL)
     os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does: the whole group, Ray's processes too
     assert command.wait() == 1
+    check_the_loss(run, "died", struck_at)
     stopped, environment = read(run / "result.json"), read(run / "env.json")
     assert (stopped["status"], stopped["error"], stopped["workers"]) == ("interrupted", None, 2)
-    assert checkpoints(run) == [f"step_{stopped['steps']:08d}.pt"]
+    assert checkpoints(run)[-1] == f"step_{stopped['steps']:08d}.pt"
     assert "stopping after the step at hand" in command.stderr and "Traceback" not in command.stdout + command.stderr
     assert [worker["hosts"] for worker in environment["placement"]] == [[0, 3], [4, 7]]
 
@@ -147,35 +172,21 @@ def test_ctrl_c_to_the_command_alone_saves_too(start, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "end, kind, again_s",
-    [(signal.SIGKILL, "died", 3.0), (signal.SIGSTOP, "hung", 7.0), (signal.SIGTERM, "left", 10.0)],
-)
-def test_a_lost_worker_costs_no_step_and_no_bit(start, tmp_path, end, kind, again_s):
-    """Worker 1 is killed, hangs, or gets notice; worker 0 trains on with all hosts, and a new worker 1 joins it."""
+@pytest.mark.parametrize("end, kind, again_s", [(signal.SIGSTOP, "hung", 7.0), (signal.SIGTERM, "left", 10.0)])
+def test_a_worker_that_hangs_or_gets_notice_costs_no_step_and_no_bit(start, tmp_path, end, kind, again_s):
+    """As one that is killed, above."""
     run = tmp_path / "runs/lost"
     command = start("run=lost", "workers=2", "hang_timeout_s=3", ENDLESS)
     until_it_trains(command, run)
-    struck_at = time.time()
-    os.kill(read(run / "env.json")["placement"][1]["pid"], end)
-    assert wait_for(lambda: len(told(run, "training")) == 2 or command.process.poll() is not None)
-    joined_at = told(run, "training")[-1]["step"]
-    assert wait_for(lambda: rows(run)[-1]["step"] > joined_at or command.process.poll() is not None)
+    struck_at = lose_worker_1(command, run, end)
     command.process.send_signal(signal.SIGINT)
     assert command.wait() == 1, command.stderr
-
-    result = read(run / "result.json")
-    assert (result["status"], result["error"], result["worker_restarts"]) == ("interrupted", None, 1)
-    (loss,) = result["losses"]
-    assert (loss["worker"], loss["kind"], loss["source"], loss["steps_repeated"]) == (1, kind, "memory", 0)
-    assert struck_at < loss["detected_at"] < loss["training_at"] < struck_at + again_s + PATIENCE_S
-    assert [event["members"] for event in told(run, "training")] == [[0], [0, 1]]
-    hosts = [[worker["hosts"] for worker in event["placement"]] for event in told(run, "regrouped")]
-    assert hosts == [[[0, 7]], [[0, 3], [4, 7]]]
+    check_the_loss(run, kind, struck_at, again_s)
+    steps = read(run / "result.json")["steps"]
     points = [(row["kind"], row["step"]) for row in rows(run)]
-    assert [step for kind, step in points if kind == "step"] == list(range(1, result["steps"] + 1))
-    whole = trained_here([*TINY, ENDLESS, f"max_steps={result['steps']}"], tmp_path / "whole")
-    assert result["weights_sha256"] == whole["weights_sha256"]
+    assert [step for kind, step in points if kind == "step"] == list(range(1, steps + 1))
+    whole = trained_here([*TINY, ENDLESS, f"max_steps={steps}"], tmp_path / "whole")
+    assert read(run / "result.json")["weights_sha256"] == whole["weights_sha256"]
     assert "Traceback" not in command.stderr
     assert command.left_over() == []
 

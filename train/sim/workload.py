@@ -6,6 +6,7 @@ FLOPs are twice the multiply-adds of convolutions and the classifier; everything
 """
 
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -33,27 +34,27 @@ class Workload:
     name: str
     layers: tuple[Layer, ...]
 
-    @property
+    @cached_property
     def forward_flops(self) -> float:
         return sum(layer.forward_flops for layer in self.layers)
 
-    @property
+    @cached_property
     def backward_flops(self) -> float:
         return sum(layer.backward_flops for layer in self.layers)
 
-    @property
+    @cached_property
     def training_flops(self) -> float:
         return self.forward_flops + self.backward_flops
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         return sum(layer.parameters for layer in self.layers)
 
-    @property
+    @cached_property
     def num_tensors(self) -> int:
         return sum(layer.tensors for layer in self.layers)
 
-    @property
+    @cached_property
     def smallest_norm(self) -> int:
         """Values a channel and image of the batch norm that has the fewest."""
         return min(2 * layer.activations // layer.parameters for layer in self.layers if layer.kind == "batch_norm")
@@ -86,6 +87,7 @@ class _Rows:
         self.layers.append(Layer(name, "linear", forward, 2 * forward, (inputs + 1) * outputs, 2, outputs))
 
 
+@cache
 def resnet(depth: int = 50, stem: str = "imagenet", image_size: int = 224, num_classes: int = 1000) -> Workload:
     """The table of a ResNet; stem `imagenet` is 7x7 stride 2 and a 3x3 pool stride 2, `small` is 3x3 stride 1."""
     if depth not in BLOCKS:
@@ -111,6 +113,7 @@ def resnet(depth: int = 50, stem: str = "imagenet", image_size: int = 224, num_c
     return Workload(f"ResNet-{depth} ({stem} stem), {image_size} px, {num_classes} classes", tuple(rows.layers))
 
 
+@cache
 def resnet_cifar(depth: int = 20, stem: str = "small", image_size: int = 32, num_classes: int = 10) -> Workload:
     """The table of a ResNet for CIFAR-10 (He et al. 2015, section 4.2): three stages of 16, 32 and 64 channels.
 
