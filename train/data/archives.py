@@ -37,7 +37,7 @@ class Photo:
         return self.file if self.size == WHOLE else f"{self.file}:{self.name}"
 
     def read(self) -> bytes:
-        with open(self.file, "rb") as file:
+        with open(self.file, "rb", buffering=0) as file:
             file.seek(self.offset)
             return file.read(self.size)
 
