@@ -63,6 +63,7 @@ class PlanGroup(TorchGroup):
             raise
         self._algorithm = algorithm
         self._schedule = tuple(schedule(self.plan, rank))
+        self._room: dict[torch.dtype, Tensor] = {}
 
     def _name(self) -> str:
         return f"plan over {self.backend}"
@@ -82,9 +83,10 @@ class PlanGroup(TorchGroup):
         step = MESSAGE_BYTES // elements.element_size()
         going = [(peer, part) for peer, part in _messages(turn.sends, elements, width, step)]
         coming = [(peer, part) for peer, part in _messages(turn.receives, elements, width, step)]
-        apart = not _overlap([part for _, part in going], [part for _, part in coming])
+        parts = [part for _, part in coming]
+        apart = not _overlap([part for _, part in going], parts)
         direct = apart and not turn.reduce
-        landed = [part if direct else torch.empty_like(part) for _, part in coming]
+        landed = parts if direct else self._landings(parts)
         # Receives first: gloo asks for a message before it is sent, and the asking would wait behind what this rank
         # sends. On a wire that made an exchange take twice as long.
         came = [self._group.recv([landing], peer, 0) for (peer, _), landing in zip(coming, landed, strict=True)]
@@ -92,7 +94,7 @@ class PlanGroup(TorchGroup):
         if not apart:
             for work in sent:
                 work.wait()
-        for (_, part), landing, work in zip(coming, landed, came, strict=True):
+        for part, landing, work in zip(parts, landed, came, strict=True):
             work.wait()
             if turn.reduce:
                 part.add_(landing)
@@ -101,6 +103,15 @@ class PlanGroup(TorchGroup):
         if apart:
             for work in sent:
                 work.wait()
+
+    def _landings(self, parts: list[Tensor]) -> list[Tensor]:
+        """As many elements as the parts have, in memory that is kept: the kernel would have to clear new pages."""
+        if not parts:
+            return []
+        sizes, like = [len(part) for part in parts], parts[0]
+        if like.dtype not in self._room or len(self._room[like.dtype]) < sum(sizes):
+            self._room[like.dtype] = like.new_empty(sum(sizes))
+        return list(self._room[like.dtype][: sum(sizes)].split(sizes))
 
     def subgroup(self, ranks: list[int]) -> "PlanGroup | None":
         """On a mesh of default axes."""
