@@ -89,6 +89,7 @@ def test_the_plan_that_is_priced_is_the_plan_that_runs(text: str) -> None:
 def test_a_rank_asks_for_a_round_s_messages_before_it_sends_its_own() -> None:
     """Behind them, the asking would wait on a wire until they have gone: half duplex."""
     group, calls = PlanGroup.__new__(PlanGroup), []
+    group._room = {}
     call = SimpleNamespace(wait=lambda: None)
     group._group = SimpleNamespace(
         **{
