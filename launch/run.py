@@ -49,7 +49,8 @@ def train(config: dict, started_at: float | None = None) -> int:
     try:
         with join(config["cluster"], chips, _cpus(config)) as cluster:
             marks["Ray"] = time.time()
-            signal.signal(signal.SIGTERM, _interrupt)  # Ray has set its own, which would leave no result
+            # Ray has set its own, which would leave no result
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             cluster, layout = settle(cluster, config["cluster"], lambda now: ask(config, emulated, now))
             config = config | {"shares": layout.shares}
             examine_nodes(config, cluster, layout)
@@ -202,10 +203,6 @@ def _cpus(config: dict) -> int:
     workers = wanted_workers(config) or 1
     threads = 1 if config["threads"] == "auto" else config["threads"]
     return workers * threads
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def main() -> int:

@@ -333,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     names = ", ".join(repr(layout.name) for layout in LAYOUTS)
     parser.add_argument("--layouts", action="append", metavar="NAME", help=f"only these, or their beginnings: {names}")
     wanted = parser.parse_intermixed_args(argv)
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return _main(wanted)
     except (ValueError, OSError) as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +193,18 @@ def test_what_cannot_be_certified_is_refused_in_one_line(words, named, capsys):
     assert main([*SMALL, *words]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith(f"certify: {named}"), err
+
+
+def test_sigterm_ends_it_where_ctrl_c_is_ignored_too(capsys):
+    """As in the background of a script. What it starts would inherit that SIGTERM is ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        assert main(["--layouts", "killed"]) == 2
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_four_blocks_have_no_unequal_shares():
