@@ -9,12 +9,11 @@ links; only its simulation is timed, and beside it the same all-reduce by our tw
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+from train.memory import peak_bytes
 from train.report import markdown_table
 
 CHIPS = (8, 64, 512, 1024, 4096, 32_768, 262_144, 1_048_576)
@@ -59,14 +58,6 @@ def one(network: str, chips: int) -> dict:
         "peak_bytes": peak_bytes(),
         "time_to_train_s": result["time_to_train_s"],
     }
-
-
-def peak_bytes() -> int:
-    """Of this process; getrusage's begins with that of the process which started it."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
 
 
 def all_reduce(chips: int) -> dict:

@@ -6,7 +6,6 @@ import nothing of ours.
 
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from train.memory import keep_freed_memory  # noqa: E402
+from train.memory import keep_freed_memory, peak_bytes  # noqa: E402
 
 REFERENCE_BATCH = 32  # torchvision's default
 
@@ -163,8 +162,9 @@ class Pace:
         self._left -= 1
         if self._left > 0:
             return
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if self._device != "cpu":
+        if self._device == "cpu":
+            peak = peak_bytes()
+        else:
             import torch
 
             torch.cuda.synchronize()

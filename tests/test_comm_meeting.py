@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from train.comm.groups import PeerLost
-from train.comm.meeting import LINE, Meeting
-from train.comm.segment import Segment
+from train.comm.meeting import Meeting
+from train.comm.segment import LINE, Segment
 
 
 class Known:

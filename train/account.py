@@ -1,14 +1,13 @@
 """What a worker says of itself: what its arithmetic promises, what the run is, what makes two alike, how it ended."""
 
 import platform
-import resource
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from train.checkpoint import weights_sha256
-from train.memory import allocator
+from train.memory import allocator, peak_bytes
 from train.models.chip_norm import norm_layers
 from train.precision import describe_device
 
@@ -144,4 +143,4 @@ def peak_memory_bytes(device: str) -> int:
     """The most memory that this process has held: of its GPU, or else of the machine."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_bytes()

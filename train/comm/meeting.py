@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from train.comm.peers import Peers
-from train.comm.segment import SEMAPHORE_BYTES, Segment
+from train.comm.segment import LINE, SEMAPHORE_BYTES, Segment, lines
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "barrier", "sum_shared")
 DTYPES = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
 )
-LINE = 64
 SIGNATURE = struct.Struct("5q")
 """Operation, dtype, elements, source, and where the elements lie: this one ranks need not have in common."""
 COMMON = 4 * 8
@@ -40,7 +39,7 @@ class Meeting:
 
     @staticmethod
     def nbytes(ranks: int) -> int:
-        return (1 + ranks) * SEMAPHORE_BYTES + LINE + _lines(ranks * WORD) + 2 * ranks * LINE
+        return (1 + ranks) * SEMAPHORE_BYTES + LINE + lines(ranks * WORD) + 2 * ranks * LINE
 
     def __init__(self, segment: Segment, offset: int, peers: Peers, spin_s: float) -> None:
         n, makes = peers.world_size, peers.rank == 0
@@ -51,7 +50,7 @@ class Meeting:
         self._bytes = memoryview(segment.tensor(offset + rest, self.nbytes(n) - rest, torch.uint8).numpy())
         self._state = self._bytes[:LINE].cast("q")
         self._meeting_of = self._bytes[LINE : LINE + n * WORD].cast("q")
-        first = LINE + _lines(n * WORD)
+        first = LINE + lines(n * WORD)
         self._signatures = self._bytes[first : first + n * LINE], self._bytes[first + n * LINE :]
         self._table, self._meeting = self._signatures[0], 0
 
@@ -95,8 +94,8 @@ class Meeting:
         """All others wait, and leave alone what is shared."""
         self._state[COME] = 0
         if signed:
-            lines = self._table.tobytes()
-            self._state[DIFFER] = len({lines[at : at + COMMON] for at in range(0, len(lines), LINE)}) > 1
+            table = self._table.tobytes()
+            self._state[DIFFER] = len({table[at : at + COMMON] for at in range(0, len(table), LINE)}) > 1
         if last is not None and not (signed and self._state[DIFFER]):
             last()
         for peer, semaphore in enumerate(self._go):
@@ -105,10 +104,6 @@ class Meeting:
 
     def _signed(self) -> list[tuple[int, ...]]:
         return [SIGNATURE.unpack_from(self._table, at) for at in range(0, len(self._table), LINE)]
-
-
-def _lines(nbytes: int) -> int:
-    return -(-nbytes // LINE) * LINE
 
 
 def _spell(operation: int, kind: int, size: int, source: int, _: int) -> str:

@@ -190,7 +190,7 @@ class Peers:
             own = {"address": self.address, "port": listener.getsockname()[1], "token": token, "node": self.nodes[0]}
             store.set(f"peer{self.rank}", json.dumps(own))
             hosts[self.rank] = own
-            while not self._met(hosts):
+            while len(self._sockets) < self.world_size - 1 or len(hosts) < self.world_size:
                 if self._within is not None:
                     self._within.check_lost("connect")
                 for peer in set(range(self.world_size)) - set(hosts):
@@ -198,14 +198,10 @@ class Peers:
                         hosts[peer] = json.loads(store.get(f"peer{peer}"))
                         if peer < self.rank:
                             self._call(peer, hosts[peer])
-                if not self._met(hosts):  # one that has met all may have seen what it dislikes, and left
-                    self._check_arrivals(deadline, patience_s, set(range(self.world_size)) - set(hosts))
                 if len(self._sockets) < self.world_size - 1:
                     self._answer(listener, token)
+                self._check_arrivals(deadline, patience_s, set(range(self.world_size)) - set(hosts))
         self.nodes = [hosts[peer]["node"] for peer in range(self.world_size)]
-
-    def _met(self, hosts: dict) -> bool:
-        return len(hosts) == self.world_size and len(self._sockets) == self.world_size - 1
 
     def _call(self, peer: int, host: dict) -> None:
         try:

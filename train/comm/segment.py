@@ -22,7 +22,9 @@ from torch import Tensor
 from train.comm.peers import SLICE_S
 
 FOLDER = "/dev/shm"
-SEMAPHORE_BYTES = 64
+LINE = 64
+"""Bytes of a cache line."""
+SEMAPHORE_BYTES = LINE
 """More than glibc's 32 and musl's 32, and a cache line of its own."""
 SPIN_S, CROWDED_SPIN_S = 100e-6, 5e-6
 """How long a process waits awake, where each has a processor and where not."""
@@ -136,6 +138,11 @@ def _libc() -> tuple[ctypes.CDLL, ctypes.CDLL]:
     None: what Python itself is linked with, which has the semaphores' library where that is a separate one.
     """
     return ctypes.PyDLL(None), ctypes.CDLL(None)
+
+
+def lines(nbytes: int) -> int:
+    """Bytes of the whole cache lines that hold so many."""
+    return -(-nbytes // LINE) * LINE
 
 
 def too_small(needed: int) -> str:

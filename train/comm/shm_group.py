@@ -16,10 +16,10 @@ from torch import Tensor, distributed
 
 from train.comm.arrays import add_up, array
 from train.comm.mailbox import Mailbox
-from train.comm.meeting import LINE, Meeting
+from train.comm.meeting import Meeting
 from train.comm.peers import Peers
 from train.comm.reading import Neighbours, Readable, may_read
-from train.comm.segment import CROWDED_SPIN_S, SPIN_S, Segment
+from train.comm.segment import CROWDED_SPIN_S, LINE, SPIN_S, Segment, lines
 from train.comm.turns import Turns, check_rank, check_summed, flat
 
 IN_HAND = 3
@@ -78,7 +78,7 @@ class ShmGroup:
     def _lay_out(self) -> None:
         """[meeting] [mailbox] [pieces]"""
         n = self.world_size
-        letters = -(-Meeting.nbytes(n) // LINE) * LINE
+        letters = Meeting.nbytes(n)
         pieces = letters + Mailbox.nbytes(n)
         self._segment = self._common_segment(pieces + n * IN_HAND * self._piece_bytes, "connect")
         self._meeting = Meeting(self._segment, 0, self._peers, self._spin_s)
@@ -193,9 +193,7 @@ class ShmGroup:
         self._copy_out(*held)
 
     def _copy_in(self, piece: Any, parts: Any, cuts: list[slice]) -> None:
-        """All but this rank's slice."""
-        before, after = slice(0, cuts[self.rank].start), slice(cuts[self.rank].stop, None)
-        for cut in before, after:
+        for cut in self._others(cuts):
             parts[self.rank][cut] = piece[cut]
 
     def _add_up(self, piece: Any, parts: Any, cuts: list[slice]) -> None:
@@ -205,9 +203,12 @@ class ShmGroup:
         add_up(terms, (parts[0] if self.rank == 0 else piece)[mine])
 
     def _copy_out(self, piece: Any, parts: Any, cuts: list[slice]) -> None:
-        before, after = slice(0, cuts[self.rank].start), slice(cuts[self.rank].stop, None)
-        for cut in before, after:
+        for cut in self._others(cuts):
             piece[cut] = parts[0][cut]
+
+    def _others(self, cuts: list[slice]) -> tuple[slice, slice]:
+        """What lies before and behind this rank's slice."""
+        return slice(0, cuts[self.rank].start), slice(cuts[self.rank].stop, None)
 
     def shared(self, sizes: list[int], dtype: torch.dtype) -> list[Tensor]:
         """Vectors of these sizes in memory that all ranks share; it lives as long as one of its tensors does.
@@ -217,7 +218,7 @@ class ShmGroup:
         return self._turns.run("shared", lambda: self._shared(sizes, dtype))
 
     def _shared(self, sizes: list[int], dtype: torch.dtype) -> list[Tensor]:
-        starts = np.cumsum([0, *(-(-size * dtype.itemsize // LINE) * LINE for size in sizes)]).tolist()
+        starts = np.cumsum([0, *(lines(size * dtype.itemsize) for size in sizes)]).tolist()
         segment = self._common_segment(max(1, starts[-1]), "shared")
         self._all_have("mapped")
         segment.close_file()
