@@ -22,7 +22,8 @@ from train.mesh.topologies import Star
 from train.mesh.topology import LinkClass
 
 MESSAGE_BYTES = 4 << 20
-"""Longer transfers go in several messages, so that one is added while the next one comes."""
+"""Longer transfers go in several messages of equal size, about this one, so that one is added while the next one comes.
+"""
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,8 @@ class PlanGroup(TorchGroup):
 
     def _take_turn(self, turn: Turn, elements: Tensor, width: int) -> None:
         """Nothing that arrives is put in place before all that leaves has left, where the two overlap."""
-        step = MESSAGE_BYTES // elements.element_size()
-        going = [(peer, part) for peer, part in _messages(turn.sends, elements, width, step)]
-        coming = [(peer, part) for peer, part in _messages(turn.receives, elements, width, step)]
+        going = list(_messages(turn.sends, elements, width))
+        coming = list(_messages(turn.receives, elements, width))
         parts = [part for _, part in coming]
         apart = not _overlap([part for _, part in going], parts)
         direct = apart and not turn.reduce
@@ -139,12 +139,12 @@ def schedule(plan: Plan, rank: int) -> Iterator[Turn]:
 
 
 def _messages(
-    transfers: tuple[tuple[int, int, int], ...], elements: Tensor, width: int, step: int
+    transfers: tuple[tuple[int, int, int], ...], elements: Tensor, width: int
 ) -> Iterator[tuple[int, Tensor]]:
     for peer, first, last in transfers:
         part = elements[first * width : last * width]
         if len(part):
-            yield from ((peer, message) for message in part.split(step))
+            yield from ((peer, message) for message in part.tensor_split(max(1, round(part.nbytes / MESSAGE_BYTES))))
 
 
 def _overlap(some: list[Tensor], others: list[Tensor]) -> bool:
