@@ -136,7 +136,12 @@ def accuracy(axes, data: dict, evals: list[dict]) -> None:
 
 
 def _beside(axes, words: str, at: tuple[float, float], color: str, offset: tuple[int, int], align: str) -> None:
-    axes.annotate(words, at, xytext=offset, textcoords="offset points", color=color, ha=align, fontsize=10)
+    """Words, which a line passes behind."""
+    from matplotlib.patheffects import withStroke
+
+    outline = [withStroke(linewidth=3, foreground="white")]
+    where = {"xytext": offset, "textcoords": "offset points", "ha": align}
+    axes.annotate(words, at, color=color, fontsize=10, zorder=5, path_effects=outline, **where)
 
 
 def parts(axes, steps: list[dict], whole: str, of: dict[str, str], title: str) -> None:

@@ -1,12 +1,13 @@
 """Measures batch norm per chip: its forms layer by layer, and the chip tax of a whole ResNet-50.
 
     python scripts/bench_chip_norm.py [--json] [--quick] [--threads 1] [--repeats 7] [--device cpu]
+                                      [--precision auto]
 
 The chip tax is the time of one plain batch norm over the whole batch, divided by the time of K chips with as many
-images in all: 1 means that chips cost nothing. Everything is forward and backward in bfloat16 autocast with channels
-last, interleaved in one run. On one CPU thread the clock is the processor time of that thread, which other programs
-disturb less than wall time; else it is wall time. Beside ours stands the plain loop: torch's batch norm on every chip's
-images, concatenated. `--quick` takes a few small cases.
+images in all: 1 means that chips cost nothing. Everything is forward and backward with channels last, in the precision
+that training chooses (bfloat16 where the machine multiplies it), interleaved in one run. On one CPU thread the clock is
+the processor time of that thread, which other programs disturb less than wall time; else it is wall time. Beside ours
+stands the plain loop: torch's batch norm on every chip's images, concatenated. `--quick` takes a few small cases.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from torch.nn import functional
 from train.models.chip_norm import ChipBatchNorm2d, ChipPass, allocate_chips, finished, normalise
 from train.models.layout import pixels_first
 from train.models.resnet import ResNet, resnet
+from train.precision import choose_precision
 
 # image size, chips, images of a chip, the tax that is aimed at
 CASES = ((224, 2, 32, 0.95), (224, 4, 8, 0.95), (224, 16, 2, 0.9), (32, 256, 8, 0.95), (32, 256, 2, 0.85))
@@ -73,7 +75,9 @@ def network(kind: str, chips: int, device: str) -> ResNet:
     return model.to(device, memory_format=torch.channels_last).train()
 
 
-def chip_tax(image_size: int, chips: int, chip_batch: int, repeats: int, device: str = "cpu") -> dict:
+def chip_tax(
+    image_size: int, chips: int, chip_batch: int, repeats: int, device: str = "cpu", precision: str = "auto"
+) -> dict:
     """The chip tax of ResNet-50: medians of `repeats` interleaved rounds of plain, loop and ours; seconds per pass.
 
     Uses the threads that torch is set to. `tax` is ours, `loop_tax` the plain loop's; above 1 is faster than plain.
@@ -83,8 +87,10 @@ def chip_tax(image_size: int, chips: int, chip_batch: int, repeats: int, device:
     images = images.to(device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (len(images),), generator=generator).to(device)
 
+    chosen = choose_precision(precision, device)
+
     def step(model: ResNet) -> None:
-        with torch.autocast(device, torch.bfloat16):
+        with chosen.autocast(device):
             logits = model(images)
         functional.cross_entropy(logits.float(), labels).backward()
         model.zero_grad(set_to_none=True)
@@ -101,6 +107,7 @@ def chip_tax(image_size: int, chips: int, chip_batch: int, repeats: int, device:
         "chips": chips,
         "chip_batch": chip_batch,
         "threads": torch.get_num_threads(),
+        "precision": chosen.name,
         "plain_s": seconds["plain"],
         "loop_s": seconds["loop"],
         "ours_s": seconds["ours"],
@@ -109,9 +116,18 @@ def chip_tax(image_size: int, chips: int, chip_batch: int, repeats: int, device:
     }
 
 
-def layer_row(channels: int, size: int, chips: int, chip_batch: int, repeats: int, device: str = "cpu") -> dict:
+def layer_row(
+    channels: int,
+    size: int,
+    chips: int,
+    chip_batch: int,
+    repeats: int,
+    device: str = "cpu",
+    precision: str = "auto",
+) -> dict:
     """Milliseconds of each form on one layer, forward and backward: the shortest of `repeats` interleaved rounds."""
-    images = torch.randn(chips * chip_batch, channels, size, size, device=device).bfloat16()
+    dtype = choose_precision(precision, device).dtype
+    images = torch.randn(chips * chip_batch, channels, size, size, device=device).to(dtype)
     images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
     gradient = torch.randn_like(images)
     weight = torch.ones(channels, device=device, requires_grad=True)
@@ -177,23 +193,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--only", choices=("layers", "tax"), help="one of the two tables")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    numerics = options.repeats, options.device, choose_precision(options.precision, options.device).name
     say = (lambda line: None) if options.json else (lambda line: print(line, flush=True))
-    result = {"device": options.device, "threads": options.threads, "torch": torch.__version__, "layers": [], "tax": []}
+    result = {"device": options.device, "precision": numerics[-1], "threads": options.threads}
+    result |= {"torch": torch.__version__, "layers": [], "tax": []}
     if options.only != "tax":
         say("milliseconds a layer, forward and backward; * fastest of the three forms")
         say("chips x images, channels, size, values of a chip       plain  plain loop        loop      beside")
         for size, chips, chip_batch in ((32, 64, 2),) if options.quick else ((32, 256, 2), (32, 256, 8), (224, 8, 2)):
             for layer in LAYERS[size]:
-                result["layers"].append(layer_row(*layer, chips, chip_batch, options.repeats, options.device))
+                result["layers"].append(layer_row(*layer, chips, chip_batch, *numerics))
                 say(layer_line(result["layers"][-1]))
     if options.only != "layers":
         say("\nResNet-50, seconds a pass and chip tax (plain batch norm's time / chips' time)")
         say("   size chips x images  plain  plain loop    ours    loop tax     tax  target")
         for size, chips, chip_batch, target in QUICK_CASES if options.quick else CASES:
-            row = chip_tax(size, chips, chip_batch, options.repeats, options.device)
+            row = chip_tax(size, chips, chip_batch, *numerics)
             result["tax"].append({**row, "target": target})
             say(tax_line(result["tax"][-1]))
     if options.json:

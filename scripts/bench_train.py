@@ -1,17 +1,18 @@
 """Measures training ResNet-50 against what else this machine could do, in interleaved turns of one run.
 
     python scripts/bench_train.py [--json] [--quick] [--only step mesh tax] [--chip-batch 32 16] [--chips 1]
-                                  [--threads 2] [--device cpu] [--no-compile]
+                                  [--threads 2] [--device cpu] [--precision auto] [--no-compile]
 
 step  images/s of our trainer (synthetic data through its loader, aggregator, SGD or LARS, metrics file; so many chips,
       in one batch of the other sides), of torchvision's reference settings (fp32, batch 32, default memory format), of
-      a bare loop (`bare_loop` in bench_train_sides.py), and the images/s that the best large bfloat16 product would
-      allow at 24.3 GFLOP an image
+      a bare loop (`bare_loop` in bench_train_sides.py), and the images/s that the best large product would allow at
+      24.3 GFLOP an image
 mesh  images of 32 pixels, global batch 8,192 on 8, 64 and 1,024 chips: seconds a step and peak memory, each afresh
-tax   chips in a pass against one plain batch of the same size (scripts/bench_chip_norm.py has more cases)
+tax   chips in a pass against one plain batch of the same size (scripts/bench_chip_norm.py has the layers, too)
 
-Every side is a process of its own with the same number of threads; one computes while the others wait, turn by turn.
-Rates are medians over the rounds, ratios medians of each round's ratio. It needs torch, torchvision and numpy alone.
+All but the reference compute in `--precision`: as training chooses it, bfloat16 where the machine multiplies it. Every
+side is a process of its own with the same number of threads; one computes while the others wait, turn by turn. Rates
+are medians over the rounds, ratios medians of each round's ratio. It needs torch, torchvision and numpy alone.
 """
 
 import argparse
@@ -28,12 +29,11 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.bench_train_sides import REFERENCE_BATCH  # noqa: E402
 from train.memory import preloaded  # noqa: E402
+from train.precision import choose_precision  # noqa: E402
 
 SIDES = Path(__file__).with_name("bench_train_sides.py")
 MATMUL_SIZE, QUICK_MATMUL_SIZE, GPU_MATMUL_SIZE = 4096, 1024, 8192
 MESH_SIZE, MESH_BATCH, MESH_CHIPS = 32, 8192, (8, 64, 1024)
-TAX_CASES = ((224, 4, 8, 0.95), (224, 16, 2, 0.9), (32, 256, 2, 0.85))
-QUICK_TAX_CASES = ((32, 16, 2, 0.85),)
 COMPILE_LIMIT_S = 150
 TARGETS = {"ratio_to_reference": 3.5, "ratio_to_bare_loop": 0.97, "matmul_limit_share": 0.7}
 STEPS = {"reference": 1, "bare_loop": 3, "compiled": 3, "harness": 3, "matmul": 4}  # of one turn
@@ -89,12 +89,12 @@ def bench_steps(options: argparse.Namespace, say: Callable[[str], None]) -> dict
     from train.sim.workload import resnet as table
 
     flops = table(options.depth, "imagenet", options.image_size, 1000).training_flops
-    common = {"depth": options.depth, "image_size": options.image_size, "device": options.device}
+    common = {key: getattr(options, key) for key in ("depth", "image_size", "device", "precision")}
     on_gpu = options.device == "cuda"
     size = QUICK_MATMUL_SIZE if options.quick else GPU_MATMUL_SIZE if on_gpu else MATMUL_SIZE
     base = {
         "reference": Side("reference", options.threads, **common),
-        "matmul": Side("matmul", options.threads, size=size, device=options.device),
+        "matmul": Side("matmul", options.threads, size=size, device=options.device, precision=options.precision),
     }
     try_compiling, compiled, rows = options.compile, False, []
     for chip_batch in options.chip_batch:
@@ -168,10 +168,9 @@ def bench_mesh(options: argparse.Namespace, say: Callable[[str], None]) -> dict:
     rows = []
     for chips in MESH_CHIPS:
         chips = min(chips, batch // 4)
-        arguments = {"depth": options.depth, "image_size": image_size, "device": options.device}
-        side = Side(
-            "harness", options.threads, 1, batch=batch // chips, chips=chips, optimizer=options.optim, **arguments
-        )
+        numerics = {"optimizer": options.optim, "precision": options.precision, "device": options.device}
+        images = {"batch": batch // chips, "chips": chips, "image_size": image_size}
+        side = Side("harness", options.threads, 1, depth=options.depth, **images, **numerics)
         first = side.ready()  # starts and warms up, a few percent of so long a step
         seconds = [side.turn(1) for _ in range(options.mesh_steps)] or [first["step_s"]]
         side.close()
@@ -194,8 +193,10 @@ def bench_mesh(options: argparse.Namespace, say: Callable[[str], None]) -> dict:
 
 def bench_tax(options: argparse.Namespace, say: Callable[[str], None]) -> dict:
     """The chip tax of a few cases."""
-    cases = QUICK_TAX_CASES if options.quick else TAX_CASES
-    side = Side("tax", options.threads, 1, cases=cases, repeats=3, device=options.device)
+    from scripts.bench_chip_norm import CASES, QUICK_CASES
+
+    cases, where = QUICK_CASES if options.quick else CASES, {"device": options.device, "precision": options.precision}
+    side = Side("tax", options.threads, 1, cases=cases, repeats=3, **where)
     rows = []
     for _ in cases:
         rows.append(row := side.ready()["row"])
@@ -216,6 +217,7 @@ def main() -> None:
     parser.add_argument("--chips", type=int, default=1, help="of our trainer, in the part step")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every side")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="the bare loop is eager")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mesh-steps", type=int, default=0, help="timed steps after the first, else the first counts")
@@ -226,8 +228,11 @@ def main() -> None:
     if options.quick:
         options.rounds, options.compile = 1, False
     say = (lambda line: None) if options.json else (lambda line: print(line, flush=True))
+    chosen = choose_precision(options.precision, options.device)
+    options.precision = chosen.name
+    say(f"{chosen.name} ({chosen.reason})")
     parts = {"step": bench_steps, "mesh": bench_mesh, "tax": bench_tax}
-    result = {"device": options.device, "threads": options.threads, "optim": options.optim}
+    result = {key: getattr(options, key) for key in ("device", "precision", "threads", "optim")}
     for name in options.only:
         result |= parts[name](options, say)
     if "steps" in result:  # the first chip batch's, also at the top

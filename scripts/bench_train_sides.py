@@ -39,8 +39,12 @@ def reference(pace: Callable[[], None], depth: int, image_size: int, device: str
         pace()
 
 
-def bare_loop(pace: Callable[[], None], batch: int, depth: int, image_size: int, device: str, compiled: bool) -> None:
-    """What one would write by hand for speed: bfloat16 autocast, channels last, foreach SGD, perhaps compiled."""
+def bare_loop(
+    pace: Callable[[], None], batch: int, depth: int, image_size: int, device: str, precision: str, compiled: bool
+) -> None:
+    """What one would write by hand for speed: bfloat16 autocast where the machine is the faster for it, channels last,
+    foreach SGD, perhaps compiled.
+    """
     import torch
     import torchvision
     from torch.nn import functional
@@ -51,7 +55,7 @@ def bare_loop(pace: Callable[[], None], batch: int, depth: int, image_size: int,
     images = torch.randn(batch, 3, image_size, image_size, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(1000, (batch,), device=device)
     while True:
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             loss = functional.cross_entropy(forward(images).float(), labels, label_smoothing=0.1)
         loss.backward()
         optimizer.step()
@@ -61,7 +65,14 @@ def bare_loop(pace: Callable[[], None], batch: int, depth: int, image_size: int,
 
 
 def harness(
-    pace: Callable[[], None], batch: int, depth: int, image_size: int, device: str, chips: int, optimizer: str
+    pace: Callable[[], None],
+    batch: int,
+    depth: int,
+    image_size: int,
+    device: str,
+    precision: str,
+    chips: int,
+    optimizer: str,
 ) -> None:
     """Our trainer, as train/build puts it together, on `chips` chips of `batch` images, numerics=fast."""
     from functools import partial
@@ -95,7 +106,7 @@ def harness(
 
     keep_freed_memory()
     device, group = choose_device(device), SingleGroup()
-    precision = choose_precision("bf16", device)
+    precision = choose_precision(precision, device)
     use_arithmetic(device, precision, exact=False)
     source = Synthetic(image_size, num_train=100 * chips * batch, num_eval=1)
     order = Order(len(source.train), batch, chips, seed=0)
@@ -128,23 +139,24 @@ def harness(
         trainer.train([MetricsCallback([JsonlSink(folder)]), Paced()], save=partial(max, 0))
 
 
-def matmul(pace: Callable[[], None], size: int, device: str) -> None:
-    """One large bfloat16 product a step."""
+def matmul(pace: Callable[[], None], size: int, device: str, precision: str) -> None:
+    """One large product a step."""
     import torch
 
-    left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     while True:
         (left @ right)[0, 0].item()
         pace()
 
 
-def tax(pace: Callable[[], None], cases: list, repeats: int, device: str) -> None:
+def tax(pace: Callable[[], None], cases: list, repeats: int, device: str, precision: str) -> None:
     """The chip tax of each case, as the answer to the first turn."""
     from bench_chip_norm import chip_tax
 
     keep_freed_memory()
     for size, chips, chip_batch, target in cases:
-        pace(row=chip_tax(size, chips, chip_batch, repeats, device) | {"target": target})
+        pace(row=chip_tax(size, chips, chip_batch, repeats, device, precision) | {"target": target})
 
 
 SIDES = {side.__name__: side for side in (reference, bare_loop, harness, matmul, tax)}

@@ -1,7 +1,7 @@
 """Where a training step's time goes: torch's profiler over our trainer on synthetic images.
 
     python scripts/profile_step.py [--json] [--device cpu] [--chips 1] [--chip-batch 32] [--steps 3] [--depth 50]
-                                   [--image-size 224] [--top 12]
+                                   [--image-size 224] [--precision auto] [--top 12]
 
 Prints the share of each kind of kernel (on a CPU: of each operation's own time), the longest kernels, and on a GPU how
 long it stood idle between them. Shares are of the whole time; profiling itself slows the CPU's side of a step.
@@ -75,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--chips", type=int, default=1)
     parser.add_argument("--chip-batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=3)
@@ -84,10 +85,11 @@ def main() -> None:
     parser.add_argument("--optim", choices=("sgd", "lars"), default="sgd")
     options = parser.parse_args()
     profiled = Profiled(options.steps, options.device)
-    shape = {"batch": options.chip_batch, "chips": options.chips}
-    shape |= {"depth": options.depth, "image_size": options.image_size, "optimizer": options.optim}
+    shape = {"batch": options.chip_batch, "chips": options.chips, "depth": options.depth}
+    shape |= {key: getattr(options, key) for key in ("device", "precision", "image_size")}
+    shape["optimizer"] = options.optim
     try:
-        harness(profiled, device=options.device, **shape)
+        harness(profiled, **shape)
     except SystemExit:
         pass
     step_s, rows, kinds = profiled.seconds / options.steps, profiled.rows(), defaultdict(float)
@@ -95,7 +97,7 @@ def main() -> None:
         kinds[row["kind"]] += row["seconds"]
     if options.device != "cpu":
         kinds["idle"] = max(step_s - sum(kinds.values()), 0.0)
-    result = {"device": options.device, **shape, "step_s": step_s, "kinds": dict(kinds), "rows": rows}
+    result = {**shape, "step_s": step_s, "kinds": dict(kinds), "rows": rows}
     if options.json:
         return print(json.dumps(result))
     images = options.chips * options.chip_batch
