@@ -196,7 +196,7 @@ def bench_tax(options: argparse.Namespace, say: Callable[[str], None]) -> dict:
     from scripts.bench_chip_norm import CASES, QUICK_CASES
 
     cases, where = QUICK_CASES if options.quick else CASES, {"device": options.device, "precision": options.precision}
-    side = Side("tax", options.threads, 1, cases=cases, repeats=3, **where)
+    side = Side("tax", options.threads, 1, cases=cases, repeats=5, **where)
     rows = []
     for _ in cases:
         rows.append(row := side.ready()["row"])
