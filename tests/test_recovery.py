@@ -61,6 +61,20 @@ def die_at(worker: Worker, phase: str, step: int) -> None:
     setattr(owner, name, deadly)
 
 
+def meet_at(worker: Worker, step: int, store, ranks: int) -> None:
+    """Have all ranks come to the forward pass after the step before any goes on: all that lies before it is done."""
+    trainer, rank = worker.trainer, worker.context.rank
+    original = trainer._forward
+
+    def together(*args):
+        if trainer.progress.step == step:
+            store.set(f"at {step}: {rank}", "")
+            store.wait([f"at {step}: {other}" for other in range(ranks)])
+        return original(*args)
+
+    trainer._forward = together
+
+
 def train_on(worker: Worker, folder: Path, store, rounds: list[list[int]], number: int, rank: int) -> dict:
     """Join the members of the round and train: `rounds` are the first ranks of those who are left."""
     members = rounds[number]
@@ -144,6 +158,7 @@ def lose_two_then_gain_one(rank: int, world_size: int, store, folder: Path, step
     worker = Worker(tiny(*words), context)
     if rank > 0:
         die_at(worker, "forward", step)
+    meet_at(worker, step, store, world_size)
     try:
         outcomes = [worker.train(folder)]
     except Dies:
