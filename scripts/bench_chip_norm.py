@@ -13,17 +13,22 @@ stands the plain loop: torch's batch norm on every chip's images, concatenated. 
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from train.models.chip_norm import ChipBatchNorm2d, ChipPass, allocate_chips, finished, normalise
-from train.models.layout import pixels_first
-from train.models.resnet import ResNet, resnet
-from train.precision import choose_precision
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.precision_option import parse  # noqa: E402
+from train.models.chip_norm import ChipBatchNorm2d, ChipPass, allocate_chips, finished, normalise  # noqa: E402
+from train.models.layout import pixels_first  # noqa: E402
+from train.models.resnet import ResNet, resnet  # noqa: E402
+from train.precision import choose_precision  # noqa: E402
 
 # image size, chips, images of a chip, the tax that is aimed at
 CASES = ((224, 2, 32, 0.95), (224, 4, 8, 0.95), (224, 16, 2, 0.9), (32, 256, 8, 0.95), (32, 256, 2, 0.85))
@@ -193,26 +198,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--only", choices=("layers", "tax"), help="one of the two tables")
-    options = parser.parse_args()
+    options, _ = parse(parser)
     torch.set_num_threads(options.threads)
-    numerics = options.repeats, options.device, choose_precision(options.precision, options.device).name
+    how = options.repeats, options.device, options.precision
     say = (lambda line: None) if options.json else (lambda line: print(line, flush=True))
-    result = {"device": options.device, "precision": numerics[-1], "threads": options.threads}
+    result = {key: getattr(options, key) for key in ("device", "precision", "threads")}
     result |= {"torch": torch.__version__, "layers": [], "tax": []}
     if options.only != "tax":
         say("milliseconds a layer, forward and backward; * fastest of the three forms")
         say("chips x images, channels, size, values of a chip       plain  plain loop        loop      beside")
         for size, chips, chip_batch in ((32, 64, 2),) if options.quick else ((32, 256, 2), (32, 256, 8), (224, 8, 2)):
             for layer in LAYERS[size]:
-                result["layers"].append(layer_row(*layer, chips, chip_batch, *numerics))
+                result["layers"].append(layer_row(*layer, chips, chip_batch, *how))
                 say(layer_line(result["layers"][-1]))
     if options.only != "layers":
         say("\nResNet-50, seconds a pass and chip tax (plain batch norm's time / chips' time)")
         say("   size chips x images  plain  plain loop    ours    loop tax     tax  target")
         for size, chips, chip_batch, target in QUICK_CASES if options.quick else CASES:
-            row = chip_tax(size, chips, chip_batch, *numerics)
+            row = chip_tax(size, chips, chip_batch, *how)
             result["tax"].append({**row, "target": target})
             say(tax_line(result["tax"][-1]))
     if options.json:

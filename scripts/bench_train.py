@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from scripts.bench_train_sides import REFERENCE_BATCH  # noqa: E402
+from scripts.precision_option import parse  # noqa: E402
 from train.memory import preloaded  # noqa: E402
-from train.precision import choose_precision  # noqa: E402
 
 SIDES = Path(__file__).with_name("bench_train_sides.py")
 MATMUL_SIZE, QUICK_MATMUL_SIZE, GPU_MATMUL_SIZE = 4096, 1024, 8192
@@ -84,24 +84,31 @@ class Side:
             self.process.wait()
 
 
+def harness(options: argparse.Namespace, chips: int, chip_batch: int, image_size: int, warmup: int = 2) -> Side:
+    """Our trainer."""
+    images = {"chips": chips, "batch": chip_batch, "image_size": image_size}
+    alike = {key: getattr(options, key) for key in ("depth", "device", "precision")}
+    return Side("harness", options.threads, warmup, optimizer=options.optim, **images, **alike)
+
+
 def bench_steps(options: argparse.Namespace, say: Callable[[str], None]) -> dict:
     """Images/s of every side, for each chip batch."""
     from train.sim.workload import resnet as table
 
     flops = table(options.depth, "imagenet", options.image_size, 1000).training_flops
-    common = {key: getattr(options, key) for key in ("depth", "image_size", "device", "precision")}
+    numerics = {"device": options.device, "precision": options.precision}
+    common = {"depth": options.depth, "image_size": options.image_size} | numerics
     on_gpu = options.device == "cuda"
     size = QUICK_MATMUL_SIZE if options.quick else GPU_MATMUL_SIZE if on_gpu else MATMUL_SIZE
     base = {
         "reference": Side("reference", options.threads, **common),
-        "matmul": Side("matmul", options.threads, size=size, device=options.device, precision=options.precision),
+        "matmul": Side("matmul", options.threads, size=size, **numerics),
     }
     try_compiling, compiled, rows = options.compile, False, []
     for chip_batch in options.chip_batch:
         sides, batch = dict(base), options.chips * chip_batch
         sides["bare_loop"] = Side("bare_loop", options.threads, batch=batch, compiled=False, **common)
-        chips = {"batch": chip_batch, "chips": options.chips, "optimizer": options.optim}
-        sides["harness"] = Side("harness", options.threads, **chips, **common)
+        sides["harness"] = harness(options, options.chips, chip_batch, options.image_size)
         for name in ("bare_loop", "harness") if rows else sides:
             sides[name].ready()
         if try_compiling or compiled:
@@ -168,9 +175,7 @@ def bench_mesh(options: argparse.Namespace, say: Callable[[str], None]) -> dict:
     rows = []
     for chips in MESH_CHIPS:
         chips = min(chips, batch // 4)
-        numerics = {"optimizer": options.optim, "precision": options.precision, "device": options.device}
-        images = {"batch": batch // chips, "chips": chips, "image_size": image_size}
-        side = Side("harness", options.threads, 1, depth=options.depth, **images, **numerics)
+        side = harness(options, chips, batch // chips, image_size, warmup=1)
         first = side.ready()  # starts and warms up, a few percent of so long a step
         seconds = [side.turn(1) for _ in range(options.mesh_steps)] or [first["step_s"]]
         side.close()
@@ -195,8 +200,9 @@ def bench_tax(options: argparse.Namespace, say: Callable[[str], None]) -> dict:
     """The chip tax of a few cases."""
     from scripts.bench_chip_norm import CASES, QUICK_CASES
 
-    cases, where = QUICK_CASES if options.quick else CASES, {"device": options.device, "precision": options.precision}
-    side = Side("tax", options.threads, 1, cases=cases, repeats=5, **where)
+    cases = QUICK_CASES if options.quick else CASES
+    numerics = {"device": options.device, "precision": options.precision}
+    side = Side("tax", options.threads, 1, cases=cases, repeats=5, **numerics)
     rows = []
     for _ in cases:
         rows.append(row := side.ready()["row"])
@@ -217,20 +223,17 @@ def main() -> None:
     parser.add_argument("--chips", type=int, default=1, help="of our trainer, in the part step")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every side")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="the bare loop is eager")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mesh-steps", type=int, default=0, help="timed steps after the first, else the first counts")
     parser.add_argument("--optim", choices=("sgd", "lars"), default="sgd")
     parser.add_argument("--depth", type=int, default=50, help="of the ResNet")
     parser.add_argument("--image-size", type=int, default=224, help="of the part step")
-    options = parser.parse_args()
+    options, precision = parse(parser)
     if options.quick:
         options.rounds, options.compile = 1, False
     say = (lambda line: None) if options.json else (lambda line: print(line, flush=True))
-    chosen = choose_precision(options.precision, options.device)
-    options.precision = chosen.name
-    say(f"{chosen.name} ({chosen.reason})")
+    say(f"{precision.name} ({precision.reason})")
     parts = {"step": bench_steps, "mesh": bench_mesh, "tax": bench_tax}
     result = {key: getattr(options, key) for key in ("device", "precision", "threads", "optim")}
     for name in options.only:

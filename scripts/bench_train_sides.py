@@ -174,14 +174,12 @@ class Pace:
         self._left -= 1
         if self._left > 0:
             return
-        if self._device == "cpu":
-            peak = peak_bytes()
-        else:
+        if self._device != "cpu":
             import torch
 
             torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated()
-        answer |= {"seconds": time.perf_counter() - self._started, "peak_memory_bytes": peak}
+        seconds = time.perf_counter() - self._started
+        answer |= {"seconds": seconds, "peak_memory_bytes": peak_bytes(self._device)}
         self._answers.write(json.dumps(answer) + "\n")
         if not (turn := sys.stdin.readline()):
             raise SystemExit

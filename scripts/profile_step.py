@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from bench_train_sides import harness  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.bench_train_sides import harness  # noqa: E402
+from scripts.precision_option import parse  # noqa: E402
 
 KINDS = (
     # kind, parts of kernels' or operations' names; the first that fits
@@ -75,7 +77,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--chips", type=int, default=1)
     parser.add_argument("--chip-batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=3)
@@ -83,11 +84,10 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--top", type=int, default=12, help="so many of the longest kernels")
     parser.add_argument("--optim", choices=("sgd", "lars"), default="sgd")
-    options = parser.parse_args()
+    options, _ = parse(parser)
     profiled = Profiled(options.steps, options.device)
-    shape = {"batch": options.chip_batch, "chips": options.chips, "depth": options.depth}
-    shape |= {key: getattr(options, key) for key in ("device", "precision", "image_size")}
-    shape["optimizer"] = options.optim
+    shape = {"batch": options.chip_batch, "optimizer": options.optim}
+    shape |= {key: getattr(options, key) for key in ("chips", "depth", "image_size", "device", "precision")}
     try:
         harness(profiled, **shape)
     except SystemExit:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from scripts import bench_train as bench
 
@@ -42,6 +43,14 @@ def test_ratios_are_those_of_each_round_and_the_bare_loop_its_faster_form():
     assert (row["matmul_limit_images_per_s"], row["matmul_limit_share"]) == (8.0, 4.0)
     del seconds["compiled"]
     assert bench.step_row(seconds, 16, 1e10, 2e10)["bare_loop"] == "eager"
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything_starts(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_train.py", "--device", "cuda"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    assert capsys.readouterr().err.splitlines()[-1].startswith("bench_train.py: error: device=cuda: torch sees no GPU")
 
 
 def test_a_small_run_needs_torch_torchvision_and_numpy_alone(tmp_path):

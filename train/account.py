@@ -131,16 +131,9 @@ def result(worker: "Worker", status: str) -> dict:
         "emulated_interval_s": list(worker.emulator.interval_s(worker.trainer.clock.seconds)),
         **({"faults": toll.report(progress.step, damage.words)} if toll else {}),
         "images": images,
-        "peak_memory_bytes": peak_memory_bytes(worker.device),
+        "peak_memory_bytes": peak_bytes(worker.device),
         "images_per_s": images / progress.measured_s if progress.measured_s else None,
         "weights_sha256": weights_sha256(worker.model) if status in ("done", "interrupted") else None,
         "lost_checkpoints": worker.writer.failures if worker.writer else 0,
         "first_step_marks": worker.context.marks,
     }
-
-
-def peak_memory_bytes(device: str) -> int:
-    """The most memory that this process has held: of its GPU, or else of the machine."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    return peak_bytes()

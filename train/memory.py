@@ -49,8 +49,15 @@ def keep_freed_memory() -> None:
             mallopt(key, value)
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has had; getrusage's figure begins with that of the process that started it."""
+def peak_bytes(device: str = "cpu") -> int:
+    """The most memory that this process has had: of its GPU, or else of the machine.
+
+    getrusage's figure begins with that of the process that started it.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if not status.exists():
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
