@@ -115,6 +115,33 @@ def test_half_precision_rounds_images_and_their_gradients_alone(kernels, shape):
         assert max(errors) < 2**-8 and max(errors[1:3]) < 1e-6 and max(errors[4:]) < 1e-5
 
 
+@devices("an odd number of channels", "even tiles")
+def test_the_gradients_of_a_forked_residual_sum_are_added(kernels, shape):
+    """To the bit as autograd adds them; in half precision on a GPU alone, for the interpreter does not round."""
+    kernels, device = kernels
+    groups, *sizes = (SHAPES | GPU_SHAPES)[shape]
+    for dtype in (torch.float32, torch.bfloat16)[: 2 if device == "cuda" else 1]:
+        images, residual, weight, bias, gradient = tensors(groups, *sizes, dtype, device)
+        found, wanted = [], []
+        for gradients, twice in ((found, kernels.fork), (wanted, lambda output: (output * 1, output * 1))):
+            of = [tensor.detach().requires_grad_() for tensor in (images, weight, bias, residual)]
+            output, *_ = kernels.normalise(*of[:3], 1e-5, groups, of[3], relu=True)
+            gradients += torch.autograd.grad(twice(output), of, [gradient, gradient.flip(0)])
+        assert all(map(torch.equal, found, wanted))
+
+
+@devices("an odd number of channels")
+def test_a_fork_of_anything_else_is_the_tensor_itself(kernels, shape):
+    kernels, device = kernels
+    groups, *sizes = (SHAPES | GPU_SHAPES)[shape]
+    images, residual, weight, bias, _ = tensors(groups, *sizes, torch.float32, device)
+    images.requires_grad_()
+    for relu, other in ((True, None), (False, residual)):
+        output, *_ = kernels.normalise(images, weight, bias, 1e-5, groups, other, relu)
+        assert all(end is output for end in kernels.fork(output))
+    assert all(end is images for end in kernels.fork(images))
+
+
 @devices()
 def test_another_call_gives_the_same_bits(kernels, shape):
     kernels, device = kernels

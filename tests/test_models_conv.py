@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
-from train.models.conv import CHANNELS_PER_PIXEL, MAX_PIXELS_SCATTERED, Conv2d
+from train.models.conv import CHANNELS_PER_PIXEL, MAX_PIXELS_SCATTERED, Conv2d, convolve_in_blocks
 
 
 def compare(inputs: int, kernel: int, stride: int, height: int, width: int) -> None:
@@ -97,3 +98,32 @@ def test_a_1x1_product_of_stride_1_keeps_no_copy_of_its_images():
         layer = Conv2d(8, 4, 1)
         layer(images)
     assert kept and set(kept) == {images.data_ptr(), layer.weight.data_ptr()}
+
+
+@pytest.mark.parametrize("kernel", [3, 7, 11])
+@pytest.mark.parametrize("size", [(2, 2), (4, 10), (16, 14)], ids=str)
+def test_blocks_of_pixels_give_what_a_stride_of_two_gives(kernel, size):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, *size, dtype=torch.float64, generator=generator)
+    weight = torch.randn(5, 3, kernel, kernel, dtype=torch.float64, generator=generator).requires_grad_()
+    found = convolve_in_blocks(images, weight, torch.float64)
+    wanted = functional.conv2d(images, weight, stride=2, padding=kernel // 2)
+    gradient = torch.randn(wanted.shape, dtype=torch.float64, generator=generator)
+    gradients = [torch.autograd.grad(output, weight, gradient)[0] for output in (found, wanted)]
+    torch.testing.assert_close([found, gradients[0]], [wanted, gradients[1]], rtol=0, atol=1e-11)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_stem_is_in_blocks_in_half_precision():
+    """What autocast rounds, and nothing else: as torch's convolution of the rounded images and weights."""
+    torch.manual_seed(0)
+    stem = Conv2d(3, 64, 7, 2).cuda()
+    images = torch.randn(4, 3, 64, 48, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        assert stem._is_in_blocks(images) and not stem._is_in_blocks(images[..., :47])
+        found = stem(images)
+    assert not stem._is_in_blocks(images) and not Conv2d(64, 64, 3, 2)._is_in_blocks(images.bfloat16())
+    rounded = [tensor.bfloat16().double().cpu() for tensor in (images, stem.weight)]
+    wanted = functional.conv2d(*rounded, stride=2, padding=3)
+    assert found.dtype == torch.bfloat16 and (found.double().cpu() - wanted).norm() / wanted.norm() < 2**-8

@@ -170,6 +170,15 @@ def finished(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     return torch.relu(output) if relu else output
 
 
+def fork(output: Tensor) -> tuple[Tensor, Tensor]:
+    """What a residual block begins with, twice: for its branch, and for what goes past it."""
+    if not output.is_cuda or not has_triton():
+        return output, output
+    from train.models import chip_norm_cuda
+
+    return chip_norm_cuda.fork(output)
+
+
 def fuses(images: Tensor, sizes: tuple[int, ...]) -> bool:
     """Whether the fused form can compute them."""
     if not images.is_cuda or not has_triton():

@@ -3,7 +3,8 @@
 Batch norm is bound by memory: forward an image is read twice and written once, backward read twice with its gradient
 and written once, whatever the number of chips, since with channels last the values of a chip are consecutive rows of
 channels. ReLU and the residual sum ride along: their own kernels would read and write everything once more. Backward
-the sign that ReLU saw is computed again, or read from the output where a residual went into it.
+the sign that ReLU saw is computed again, or read from the output where a residual went into it. The two gradients that
+meet behind a residual sum, from the branch that follows and from past it, are added as they are read (see `fork`).
 
 The kernels are Triton's. Sums are taken in an order that depends on the shape alone, so results are bit-identical from
 one call to the next; no atomic operation is used. A group's variance is the mean square of the distance from a sample
@@ -34,19 +35,41 @@ def _load(pointers, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _moments(x, partial, rows, channels, chunk, BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr):
-    """x [groups, rows, channels] -> partial [groups, splits, 2, channels]: mean, sum of squared distances from it."""
+def _share(rows, channels, chunk, BC: tl.constexpr):
+    """A program's columns and rows of [groups, rows, channels] for sums: column, inside, group, first value, number
+    of rows, place in `partial`."""
     column = tl.program_id(0) * BC + tl.arange(0, BC)
     split, group = tl.program_id(1), tl.program_id(2)
-    inside = column < channels
     first = split * chunk
-    number = tl.minimum(chunk, rows - first)
-    x += (group.to(tl.int64) * rows + first) * channels + column
+    start = (group.to(tl.int64) * rows + first) * channels + column
+    place = ((group * tl.num_programs(1) + split) * 2) * channels + column
+    return column, column < channels, group, start, tl.minimum(chunk, rows - first), place
+
+
+@triton.jit
+def _tile(rows, channels, BR: tl.constexpr, BC: tl.constexpr):
+    """A program's tile of [groups, rows, channels]: column, inside, group, and its values' places and mask.
+
+    The last tile comes first: it is what the L2 cache still holds of the kernel before, which began with the first.
+    """
+    column = tl.program_id(1) * BC + tl.arange(0, BC)
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BR + tl.arange(0, BR)
+    group = tl.num_programs(2) - 1 - tl.program_id(2)
+    inside = column < channels
+    at = group.to(tl.int64) * rows * channels + (row.to(tl.int64) * channels)[:, None] + column[None, :]
+    return column, inside, group, at, (row < rows)[:, None] & inside[None, :]
+
+
+@triton.jit
+def _moments(x, partial, rows, channels, chunk, BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr):
+    """x [groups, rows, channels] -> partial [groups, splits, 2, channels]: mean, sum of squared distances from it."""
+    column, inside, group, start, number, place = _share(rows, channels, chunk, BC)
+    x += start
     sample = tl.load(x, inside, other=0.0).to(tl.float32)
     sums = tl.zeros([BR, BC], tl.float32)
     squares = tl.zeros([BR, BC], tl.float32)
-    for start in range(0, number, BR):
-        row = start + tl.arange(0, BR)
+    for begin in range(0, number, BR):
+        row = begin + tl.arange(0, BR)
         mask = (row < number)[:, None] & inside[None, :]
         distance = _load(x[None, :] + (row * channels)[:, None], mask, EVEN) - sample[None, :]
         if not EVEN:
@@ -55,9 +78,8 @@ def _moments(x, partial, rows, channels, chunk, BR: tl.constexpr, BC: tl.constex
         squares += distance * distance
     total = tl.sum(sums, 0)
     mean = total / number
-    partial += ((group * tl.num_programs(1) + split) * 2) * channels + column
-    tl.store(partial, sample + mean, inside)
-    tl.store(partial + channels, tl.maximum(tl.sum(squares, 0) - total * mean, 0.0), inside)
+    tl.store(partial + place, sample + mean, inside)
+    tl.store(partial + place + channels, tl.maximum(tl.sum(squares, 0) - total * mean, 0.0), inside)
 
 
 @triton.jit
@@ -98,11 +120,7 @@ def _apply(
     RESIDUAL: tl.constexpr, RELU: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """y = (x - mean) * rstd * weight + bias, plus the residual, rectified."""
-    column = tl.program_id(1) * BC + tl.arange(0, BC)
-    row, group = tl.program_id(0) * BR + tl.arange(0, BR), tl.program_id(2)
-    inside = column < channels
-    mask = (row < rows)[:, None] & inside[None, :]
-    at = group.to(tl.int64) * rows * channels + (row.to(tl.int64) * channels)[:, None] + column[None, :]
+    column, inside, group, at, mask = _tile(rows, channels, BR, BC)
     m, scale, b = _parameters(mean, rstd, weight, bias, group, column, channels, inside)
     out = (_load(x + at, mask, EVEN) - m) * scale + b
     if RESIDUAL:
@@ -114,39 +132,40 @@ def _apply(
 
 @triton.jit
 def _sums(
-    gradient, x, y, passed, mean, rstd, weight, bias, partial, rows, channels, chunk,
-    RESIDUAL: tl.constexpr, RELU: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr,
+    gradient, other, x, y, passed, mean, rstd, weight, bias, partial, rows, channels, chunk,
+    OTHER: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """partial [groups, splits, 2, channels]: sums of the gradient behind ReLU, and of it times (x - mean) * rstd.
 
-    With a residual, the gradient that ReLU lets through, which is the residual's own, is written to `passed`.
+    The gradient is the sum of two if OTHER. With a residual and ReLU, the gradient that ReLU lets through, which is the
+    residual's own, is written to `passed`.
     """
-    column = tl.program_id(0) * BC + tl.arange(0, BC)
-    split, group = tl.program_id(1), tl.program_id(2)
-    inside = column < channels
-    first = split * chunk
-    number = tl.minimum(chunk, rows - first)
+    column, inside, group, start, number, place = _share(rows, channels, chunk, BC)
     m, scale, b = _parameters(mean, rstd, weight, bias, group, column, channels, inside)
-    base = (group.to(tl.int64) * rows + first) * channels
+    gradient, other, x, y, passed = gradient + start, other + start, x + start, y + start, passed + start
     sums = tl.zeros([BR, BC], tl.float32)
     products = tl.zeros([BR, BC], tl.float32)
-    for start in range(0, number, BR):
-        row = start + tl.arange(0, BR)
+    for begin in range(0, number, BR):
+        row = begin + tl.arange(0, BR)
         mask = (row < number)[:, None] & inside[None, :]
-        at = base + (row * channels)[:, None] + column[None, :]
-        g = _load(gradient + at, mask, EVEN)
-        distance = _load(x + at, mask, EVEN) - m
+        at = (row * channels)[:, None]
+        g = _load(gradient[None, :] + at, mask, EVEN)
+        if OTHER:
+            g += _load(other[None, :] + at, mask, EVEN)
+        distance = _load(x[None, :] + at, mask, EVEN) - m
         if RELU:
             if RESIDUAL:
-                g = tl.where(_load(y + at, mask, EVEN) > 0, g, 0.0)
-                tl.store(passed + at, g.to(passed.dtype.element_ty), mask)
+                rounded = tl.where(_load(y[None, :] + at, mask, EVEN) > 0, g, 0.0).to(passed.dtype.element_ty)
+                tl.store(passed[None, :] + at, rounded, mask)
+                g = rounded.to(tl.float32)
             else:
                 g = tl.where(distance * scale + b > 0, g, 0.0)
         sums += g
         products += g * distance  # outside, where distance is not 0, g is
-    partial += ((group * tl.num_programs(1) + split) * 2) * channels + column
-    tl.store(partial, tl.sum(sums, 0), inside)
-    tl.store(partial + channels, tl.sum(products, 0) * tl.load(rstd + group * channels + column, inside), inside)
+    tl.store(partial + place, tl.sum(sums, 0), inside)
+    slope = tl.sum(products, 0) * tl.load(rstd + group * channels + column, inside)
+    tl.store(partial + place + channels, slope, inside)
 
 
 @triton.jit
@@ -172,11 +191,7 @@ def _gradient(
     RELU: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """out = rstd * weight * (g - mean of g - xhat * mean of g * xhat), xhat = (x - mean) * rstd."""
-    column = tl.program_id(1) * BC + tl.arange(0, BC)
-    row, group = tl.program_id(0) * BR + tl.arange(0, BR), tl.program_id(2)
-    inside = column < channels
-    mask = (row < rows)[:, None] & inside[None, :]
-    at = group.to(tl.int64) * rows * channels + (row.to(tl.int64) * channels)[:, None] + column[None, :]
+    column, inside, group, at, mask = _tile(rows, channels, BR, BC)
     m, scale, b = _parameters(mean, rstd, weight, bias, group, column, channels, inside)
     own = group * channels + column
     mean_g = tl.load(totals + own, inside, other=0.0) / rows
@@ -237,6 +252,7 @@ class _Normalise(torch.autograd.Function):
             shape.rows, shape.channels, RESIDUAL=residual is not None, RELU=relu, **tile,
         )  # fmt: skip
         ctx.groups, ctx.relu, ctx.residual = groups, relu, residual is not None
+        ctx.takes_two, ctx.other = ctx.relu and ctx.residual, None
         ctx.save_for_backward(images, weight, bias, mean, rstd, output if relu and residual is not None else None)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
@@ -248,15 +264,17 @@ class _Normalise(torch.autograd.Function):
         if gradient is None:
             return (None,) * 7
         images, weight, bias, mean, rstd, output = ctx.saved_tensors
-        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        gradient, other = _as_stored(gradient), ctx.other
+        ctx.other = None
         shape = _Shape(images, ctx.groups)
         tile = shape.tile
         moments = mean, rstd, weight, bias
         partial = weight.new_empty(ctx.groups, shape.splits, 2, shape.channels)
         passed = torch.empty_like(gradient) if ctx.relu and ctx.residual else gradient
         _sums[shape.of_sums](
-            gradient, images, images if output is None else output, passed, *moments, partial,
-            shape.rows, shape.channels, shape.chunk, RESIDUAL=ctx.residual, RELU=ctx.relu, **tile,
+            gradient, gradient if other is None else other, images, images if output is None else output, passed,
+            *moments, partial, shape.rows, shape.channels, shape.chunk,
+            OTHER=other is not None, RESIDUAL=ctx.residual, RELU=ctx.relu, **tile,
         )  # fmt: skip
         totals = weight.new_empty(2, ctx.groups, shape.channels)
         _totals[shape.of_groups](partial, totals, shape.channels, shape.splits, ctx.groups, BC=shape.columns)
@@ -267,6 +285,36 @@ class _Normalise(torch.autograd.Function):
         )  # fmt: skip
         of_bias, of_weight = totals.sum(1).unbind()
         return of_images, of_weight, of_bias, passed if ctx.residual else None, None, None, None
+
+
+class _Fork(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output: Tensor, maker: torch.autograd.graph.Node):
+        ctx.maker = maker
+        ctx.set_materialize_grads(False)
+        return output.view_as(output), output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, into: Tensor | None, past: Tensor | None):
+        if into is None or past is None:
+            return past if into is None else into, None
+        ctx.maker.other = _as_stored(past)
+        return into, None
+
+
+def fork(output: Tensor) -> tuple[Tensor, Tensor]:
+    """A rectified residual sum that `normalise` has just made, twice: for the next branch, and for what goes past it.
+
+    Not to be used but through these two. Each has a gradient of its own, which the kernel adds as it reads them, where
+    autograd would write their sum to memory and read it again. Any other tensor is returned as it is.
+    """
+    maker = output.grad_fn
+    return _Fork.apply(output, maker) if getattr(maker, "takes_two", False) else (output, output)
+
+
+def _as_stored(gradient: Tensor) -> Tensor:
+    return gradient.contiguous(memory_format=torch.channels_last)
 
 
 def normalise(

@@ -1,4 +1,4 @@
-"""Convolutions that are computed as one matrix product where a CPU does that faster.
+"""Convolutions, computed as one matrix product where a CPU does that faster, and in blocks of pixels where a GPU does.
 
 oneDNN's convolutions rearrange the weights at every call, which costs more than the products where an image has few
 pixels, and are slow at strides and at gradients of weights. With channels last, a 1x1 convolution *is* a matrix product
@@ -7,6 +7,10 @@ one core, 32 images in bfloat16, forward and backward, milliseconds as convoluti
 1x1, stride 2 on 14 pixels 83 and 30; 512 -> 1024 on 28 pixels 48 and 30; 256 -> 128 on 56 pixels 45 and 36; 3x3, 512
 channels, stride 2 on 14 pixels 79 and 46; on 7 pixels 46 and 37; 64 images, on 4 pixels 66 and 24, on 1 pixel 33 and
 1.4. In float32 products are 0 to 30 % faster.
+
+A GPU's tensor cores take input channels in eights, and an image has three. The 2 x 2 pixels that a stride of 2 steps
+over are twelve channels of one pixel ("space to depth", the SpaceToDepthConv of Google's MLPerf submissions): a 7x7
+kernel of stride 2 becomes a 4x4 one of stride 1.
 """
 
 from itertools import product
@@ -24,6 +28,9 @@ with this many input channels for each pixel of the result (512 of 7 x 7, 256 of
 MAX_PIXELS_SCATTERED = 16
 """Up to here the 3x3 product's gradient of the images is a product too, whose taps are added up; then a convolution."""
 
+CHANNELS_OF_BLOCKS = 16
+"""Of 2 x 2 pixels of an image, with zeros up to a multiple of eight."""
+
 Order = tuple[int, int, int, int]
 """The dims of [n, channels, height, width] as they lie in memory."""
 CHANNELS_LAST, PIXELS_FIRST = (0, 2, 3, 1), (2, 3, 0, 1)
@@ -39,12 +46,18 @@ class Conv2d(nn.Conv2d):
         super().__init__(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        if not self._is_product(images):
-            return super().forward(channels_last(images))
-        dtype = images.dtype
-        if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype("cpu")
-        return _Product.apply(images.to(dtype), self.weight.to(dtype), self.stride[0])
+        if self._is_product(images):
+            dtype = computed_in(images)
+            return _Product.apply(images.to(dtype), self.weight.to(dtype), self.stride[0])
+        if self._is_in_blocks(images):
+            return convolve_in_blocks(images, self.weight, computed_in(images))
+        return super().forward(channels_last(images))
+
+    def _is_in_blocks(self, images: Tensor) -> bool:
+        """In float32 the channels that are added for the tensor cores' sake cost more than they save."""
+        few = self.stride[0] == 2 and self.in_channels * 4 <= CHANNELS_OF_BLOCKS and self.kernel_size[0] % 4 == 3
+        even = images.shape[2] % 2 == images.shape[3] % 2 == 0 and not images.requires_grad
+        return few and even and images.is_cuda and computed_in(images).itemsize == 2
 
     def _is_product(self, images: Tensor) -> bool:
         kernel = self.kernel_size[0]
@@ -52,6 +65,32 @@ class Conv2d(nn.Conv2d):
             return False
         height, width = _result_size(images, self.stride[0])
         return kernel == 1 or CHANNELS_PER_PIXEL * height * width <= self.in_channels
+
+
+def computed_in(images: Tensor) -> torch.dtype:
+    """The dtype of a convolution of them, as autocast chooses it."""
+    kind = images.device.type
+    autocast = torch.is_autocast_enabled(kind) and images.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if autocast else images.dtype
+
+
+def convolve_in_blocks(images: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A convolution of stride 2 and "same" padding, of few channels, with channels last; the images get no gradient.
+
+    images [n, inputs, height, width] of even sizes, weight [outputs, inputs, k, k] with k = 4 i + 3 -> [n, outputs,
+    height / 2, width / 2] in `dtype`.
+    """
+    number, inputs, height, width = images.shape
+    before = weight.shape[2] // 4 + 1  # blocks above the first whole one that a kernel sees; below the last, one less
+    size = height // 2 + 2 * before - 1, width // 2 + 2 * before - 1
+    blocks = images.new_zeros(number, *size, CHANNELS_OF_BLOCKS, dtype=dtype)
+    whole = blocks[:, before : before + height // 2, before : before + width // 2, : 4 * inputs]
+    pixels = images.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [n, inputs, rows, 2, columns, 2]
+    whole.unflatten(3, (inputs, 2, 2)).copy_(pixels.permute(0, 2, 4, 1, 3, 5))
+    kernel = functional.pixel_unshuffle(functional.pad(weight, (1, 0, 1, 0)), 2)
+    kernel = functional.pad(kernel, (0, 0, 0, 0, 0, CHANNELS_OF_BLOCKS - 4 * inputs))
+    kernel = kernel.to(dtype, memory_format=torch.channels_last)
+    return functional.conv2d(blocks.permute(0, 3, 1, 2), kernel)
 
 
 class _Product(torch.autograd.Function):

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from train.models.chip_norm import ChipBatchNorm2d, ChipPass, has_triton, norm_layers
+from train.models.chip_norm import ChipBatchNorm2d, ChipPass, fork, has_triton, norm_layers
 from train.models.conv import Conv2d
 from train.models.layout import channels_last, is_pixels_first, pixels_first
 from train.sim.workload import BLOCKS
@@ -46,8 +46,9 @@ class BasicBlock(nn.Module):
         self.downsample = shortcut(inputs, width * self.expansion, stride, chip_pass)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn1(self.conv1(x), relu=True)
-        return self.bn2(self.conv2(y), residual=self.downsample(x), relu=True)
+        into, past = fork(x)
+        y = self.bn1(self.conv1(into), relu=True)
+        return self.bn2(self.conv2(y), residual=self.downsample(past), relu=True)
 
     @property
     def last_norm(self) -> ChipBatchNorm2d:
@@ -70,9 +71,10 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut(inputs, width * self.expansion, stride, chip_pass)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn1(self.conv1(x), relu=True)
+        into, past = fork(x)
+        y = self.bn1(self.conv1(into), relu=True)
         y = self.bn2(self.conv2(y), relu=True)
-        return self.bn3(self.conv3(y), residual=self.downsample(x), relu=True)
+        return self.bn3(self.conv3(y), residual=self.downsample(past), relu=True)
 
     @property
     def last_norm(self) -> ChipBatchNorm2d:
