@@ -142,8 +142,8 @@ def _mixed(config: dict, cluster: Cluster, workers: int, device: str) -> list[st
         [node for node in cluster.nodes if "GPU" not in node.resources],
     )
     if device == "cpu" and gpus and config["device"] == "auto":
-        remedy = f"workers={gpus} or device=cuda computes on GPUs"
-        return [f"{gpus} GPU(s) for {workers} workers: all compute on processors, for a run is never mixed; {remedy}"]
+        what = f"{gpus} GPU(s) for {workers} workers: all compute on processors, for a run is never mixed"
+        return [f"{what}; workers={gpus} computes on the GPUs"]
     if device == "cuda" and without:
         return [f"{len(without)} node(s) without a GPU carry no worker, for a run is never mixed"]
     return []

@@ -84,7 +84,8 @@ def test_a_run_is_never_mixed_and_says_what_stays_unused():
     assert on_gpus.notes == ["1 node(s) without a GPU carry no worker, for a run is never mixed"]
     on_processors = layout(both, "workers=4")
     assert on_processors.device == "cpu" and {request.gpus for request in on_processors.requests} == {0}
-    assert on_processors.notes[0].startswith("2 GPU(s) for 4 workers: all compute on processors")
+    note = "2 GPU(s) for 4 workers: all compute on processors, for a run is never mixed; workers=2 computes on the GPUs"
+    assert on_processors.notes == [note] and layout(both, "workers=2").device == "cuda"
     assert layout(both, "workers=auto").device == "cuda" and len(layout(both, "workers=auto").requests) == 2
     with pytest.raises(Lacking, match=r"lacks 4 GPU \(there are 2\)"):
         layout(both, "workers=4", "device=cuda")
