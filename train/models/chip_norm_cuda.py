@@ -164,8 +164,8 @@ def _sums(
         sums += g
         products += g * distance  # outside, where distance is not 0, g is
     tl.store(partial + place, tl.sum(sums, 0), inside)
-    slope = tl.sum(products, 0) * tl.load(rstd + group * channels + column, inside)
-    tl.store(partial + place + channels, slope, inside)
+    of_weight = tl.sum(products, 0) * tl.load(rstd + group * channels + column, inside)
+    tl.store(partial + place + channels, of_weight, inside)
 
 
 @triton.jit
