@@ -172,7 +172,7 @@ def finished(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
 
 def fork(output: Tensor) -> tuple[Tensor, Tensor]:
     """What a residual block begins with, twice: for its branch, and for what goes past it."""
-    if not output.is_cuda or not has_triton():
+    if not has_kernels(output):
         return output, output
     from train.models import chip_norm_cuda
 
@@ -181,15 +181,20 @@ def fork(output: Tensor) -> tuple[Tensor, Tensor]:
 
 def fuses(images: Tensor, sizes: tuple[int, ...]) -> bool:
     """Whether the fused form can compute them."""
-    if not images.is_cuda or not has_triton():
+    if not has_kernels(images):
         return False
     from train.models import chip_norm_cuda
 
     return images.dtype in chip_norm_cuda.DTYPES and len(set(sizes)) == 1
 
 
+def has_kernels(images: Tensor) -> bool:
+    """Whether they lie where Triton's kernels run."""
+    return images.is_cuda and _has_triton()
+
+
 @cache
-def has_triton() -> bool:
+def _has_triton() -> bool:
     """Whether Triton is installed; it comes with torch for CUDA."""
     return find_spec("triton") is not None
 

@@ -252,8 +252,8 @@ class _Normalise(torch.autograd.Function):
             shape.rows, shape.channels, RESIDUAL=residual is not None, RELU=relu, **tile,
         )  # fmt: skip
         ctx.groups, ctx.relu, ctx.residual = groups, relu, residual is not None
-        ctx.takes_two, ctx.other = ctx.relu and ctx.residual, None
-        ctx.save_for_backward(images, weight, bias, mean, rstd, output if relu and residual is not None else None)
+        ctx.rectified_sum, ctx.other = ctx.relu and ctx.residual, None
+        ctx.save_for_backward(images, weight, bias, mean, rstd, output if ctx.rectified_sum else None)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         return output, mean, var
@@ -270,7 +270,7 @@ class _Normalise(torch.autograd.Function):
         tile = shape.tile
         moments = mean, rstd, weight, bias
         partial = weight.new_empty(ctx.groups, shape.splits, 2, shape.channels)
-        passed = torch.empty_like(gradient) if ctx.relu and ctx.residual else gradient
+        passed = torch.empty_like(gradient) if ctx.rectified_sum else gradient
         _sums[shape.of_sums](
             gradient, gradient if other is None else other, images, images if output is None else output, passed,
             *moments, partial, shape.rows, shape.channels, shape.chunk,
@@ -310,11 +310,11 @@ def fork(output: Tensor) -> tuple[Tensor, Tensor]:
     autograd would write their sum to memory and read it again. Any other tensor is returned as it is.
     """
     maker = output.grad_fn
-    return _Fork.apply(output, maker) if getattr(maker, "takes_two", False) else (output, output)
+    return _Fork.apply(output, maker) if getattr(maker, "rectified_sum", False) else (output, output)
 
 
-def _as_stored(gradient: Tensor) -> Tensor:
-    return gradient.contiguous(memory_format=torch.channels_last)
+def _as_stored(values: Tensor) -> Tensor:
+    return values.contiguous(memory_format=torch.channels_last)
 
 
 def normalise(
@@ -331,7 +331,6 @@ def normalise(
     images [groups * n, C, H, W] and residual in one of DTYPES, group after group; weight and bias [C] in float32 ->
     output like the images, with channels last; each group's mean and biased variance [groups, C] in float32.
     """
-    images = images.contiguous(memory_format=torch.channels_last)
     if residual is not None:
-        residual = residual.to(images.dtype).contiguous(memory_format=torch.channels_last)
-    return _Normalise.apply(images, weight, bias, residual, eps, groups, relu)
+        residual = _as_stored(residual.to(images.dtype))
+    return _Normalise.apply(_as_stored(images), weight, bias, residual, eps, groups, relu)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from train.models.chip_norm import ChipBatchNorm2d, ChipPass, fork, has_triton, norm_layers
+from train.models.chip_norm import ChipBatchNorm2d, ChipPass, fork, has_kernels, norm_layers
 from train.models.conv import Conv2d
 from train.models.layout import channels_last, is_pixels_first, pixels_first
 from train.sim.workload import BLOCKS
@@ -24,7 +24,7 @@ class MaxPool2d(nn.MaxPool2d):
     """torch's, of images in any layout, which stays."""
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.is_cuda and has_triton():
+        if has_kernels(images):
             from train.models.max_pool_cuda import max_pool
 
             return max_pool(images, self.kernel_size, self.stride, self.padding)
